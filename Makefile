@@ -17,10 +17,12 @@ test: $(READY)
 		--ignore tests/faults
 
 # Kills servers and workers, fills disks, and sends hostile files and requests. 100 rounds of each
-# fault take about an hour; FAULT_ROUNDS=10 FAULT_REQUESTS=100 takes a few minutes.
+# fault take about an hour; FAULT_ROUNDS=10 FAULT_REQUESTS=100 takes a few minutes. The last three
+# files have the faults of clocks, of single workers and of connections; `make test` runs them, too.
 FAULT_ROUNDS ?= 100
 FAULT_REQUESTS ?= 1000
-FAULTS ?= tests/faults
+FAULTS ?= tests/faults tests/workers/test_pool.py tests/server/test_background.py \
+	tests/server/test_connections.py
 faults: $(READY)
 	OMP_WAIT_POLICY=passive FAULT_ROUNDS=$(FAULT_ROUNDS) FAULT_REQUESTS=$(FAULT_REQUESTS) \
 		$(BIN)/pytest -n $(TEST_PROCESSES) --dist worksteal --durations 25 $(FAULTS)
@@ -63,8 +65,10 @@ docs: $(READY)
 docs-serve: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --livereload --dev-addr 127.0.0.1:8001
 
-# Generates docs/reference, docs/models/index.md and the tables of docs/cli.md from the code.
+# Generates docs/reference, docs/models/index.md, the tables of docs/cli.md, and the table by which a
+# server recognises the family of a LoRA, from the code.
 reference: $(READY)
+	$(BIN)/python -m tools.module_shapes
 	$(BIN)/python -m tools.reference
 
 # Writes the locked requirements of the container images, with the hashes of the package index.

@@ -3,8 +3,8 @@
     python -m benchmarks.cold peer|exact|fast|second FOLDER ADAPTER SIZE
 
 runs one such process, which prints a line when the step is finished; the caller measures the time.
-Files are in the page cache. `second` is an exact image of a command that finds a resident engine,
-which an earlier command of the session has used.
+Files are in the page cache. `second` makes an exact image with a resident engine that an earlier
+command has already used.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _ours(
     from fidelora.cli.console import make_engine
     from fidelora.cli.engines import image_maker
 
-    limit_spinning()  # as all commands; the resident engine has to have the same environment
+    limit_spinning()  # like all commands; the resident engine has to have the same environment
     recipe = Recipe(
         prompt=PROMPT,
         base_model=folder,

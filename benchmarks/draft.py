@@ -2,7 +2,7 @@
 
     python -m benchmarks.draft pictures [--prompts 48]   # the miniature
     python -m benchmarks.draft steps [--size 256]        # full-size UNet with random weights
-    python -m benchmarks.draft arithmetic [--size 256]   # the same without computing anything
+    python -m benchmarks.draft arithmetic [--size 256]   # speedups from counted multiplications
 
 `pictures` prints, for each approximation, the PSNR to the image without it, and the fractions of
 pictures in which the judge of the miniature finds the right shapes, colours and background.
@@ -65,7 +65,7 @@ class Approximation:
         return ", ".join(parts)
 
     def kind(self, step: int) -> tuple[bool, bool, bool]:
-        """Return for a step, from 0: has guidance, is whole, and keeps cross-attention."""
+        """Return three flags of a step (from 0): has guidance, is whole, keeps cross-attention."""
         guided = step < round(self.guided * self.steps)
         return guided, step % self.every == 0, self.gates and not guided
 
@@ -178,7 +178,7 @@ def approximated(engine: Any, recipe: Any) -> Iterator[Callable[[Approximation],
 
 
 def pictures(count: int, sampler: str, chosen: Sequence[Approximation]) -> None:
-    """Print PSNR and verdicts of each approximation with the miniature, in `exact`."""
+    """Print each approximation's PSNR and fractions of right pictures (miniature, `exact`)."""
     import numpy as np
     from tools.miniature import judge, train_lora, world
     from tools.miniature.train_unet import held_out_scenes
@@ -287,7 +287,7 @@ def arithmetic(size: int) -> None:
     counts: dict[tuple[bool, bool, bool], int] = {}
     for kind in sorted({plan.kind(step) for plan in APPROXIMATIONS for step in range(plan.steps)}):
         has_guidance, whole, keeps = kind
-        for counted in (False, True):  # the first evaluation fills what the second one keeps
+        for counted in (False, True):  # the second evaluation reuses what the first one computed
             shortcuts.whole, shortcuts.keeps_attention = whole or not counted, keeps and counted
             shortcuts.averages_attention = not counted
             rows = 2 if has_guidance or not counted else 1

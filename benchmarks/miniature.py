@@ -1,9 +1,9 @@
 """Test whether the miniature follows prompts: `python benchmarks/miniature.py [--prompts 200]`.
 
 A judge that uses geometry and colours, not a learned model, examines images that the engine makes
-from held-out prompts. Prints one JSON object: PSNR of the VAE round trip, percentages of prompts
-with the right shape, colour and background at guidance 6 and 1 and with the adapter, the percentage
-of pictures with the adapter's new shape, and seconds per image.
+from held-out prompts. Prints one JSON object: PSNR of the VAE round trip, fractions of pictures
+with the right shape, colour and background at guidance 6 and 1 and with the adapter, the fraction
+of pictures with the adapter's new shape, at multipliers 1 and 0, and seconds per image.
 """
 
 from __future__ import annotations

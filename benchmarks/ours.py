@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.operators import step_seconds
 from benchmarks.processes import answer_requests, disk_reads, memory
 
 from fidelora import AdapterRef, Engine, GeneratedImage, Recipe
@@ -51,7 +52,7 @@ class Ours:
     def image(
         self, prompt: str, size: int, steps: int, seed: int, adapter: str
     ) -> dict[str, float]:
-        """Return the seconds of each part of one image; `step` is one of its steps."""
+        """Return the seconds of each part of one image; `step` is the mean of its steps."""
         return self._time(
             [self._recipe(prompt, size, steps, seed, adapter)],
             lambda made: [self._engine.generate(made[0])],
@@ -66,6 +67,10 @@ class Ours:
             for index, prompt in enumerate(prompts)
         ]
         return self._time(recipes, self._engine.generate_batch)
+
+    def operators(self, path: str, size: int) -> dict[str, float]:
+        """Return the seconds of a step for each kind of operator."""
+        return step_seconds(lambda steps: self.image("a thing", size, steps, 0, path))
 
     def max_batch(self, size: int) -> int:
         """Return the largest batch of the engine for images of this size."""
@@ -195,7 +200,7 @@ class Queue:
         for report in self._ended:
             assert report.status == "succeeded", report
             adapters = self._store.get(report.job_id).adapters
-            spent = sum(report.timings.get(part, 0.0) for part in ("load", "adapters"))
+            spent = sum(report.timings.get(part, 0.0) for part in ("load", "read", "adapters"))
             # The switch belongs to the whole batch; each job has an equal share of it.
             whole = spent * len(self._ended)
             found.append(
@@ -219,9 +224,10 @@ class BlankEngine(Engine):
     def merged(self) -> frozenset[str]:
         return frozenset(one["adapter"] for one in self.made[-1:])
 
-    def load(self, recipe: Recipe) -> None:
+    def load(self, recipe: Recipe) -> dict[str, float]:
         for ref in recipe.adapters:
             self.adapters.get(ref)
+        return {}
 
     def generate(self, recipe: Recipe, *_arguments: Any, **_options: Any) -> GeneratedImage:
         return self.generate_batch([recipe])[0]
@@ -307,7 +313,10 @@ class Switching:
         }
 
     def weights(self, path: str) -> dict[str, int]:
-        """Return the number of weights and elements that an adapter changes, and all bytes."""
+        """Return the numbers of weights and elements that an adapter changes.
+
+        `bytes` is the size of all weights of the base model.
+        """
         touched = [self._base.targets.by_name[name].weight for name in self._bind(path).deltas]
         return {
             "weights": len(touched),
@@ -347,6 +356,7 @@ def main() -> None:
         for name in (
             "image",
             "batch",
+            "operators",
             "max_batch",
             "memory",
             "compare",

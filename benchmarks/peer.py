@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import torch
+from benchmarks.operators import step_seconds
 from benchmarks.processes import answer_requests, disk_reads, memory
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
@@ -49,7 +50,7 @@ class Peer:
     def image(
         self, prompt: str, size: int, steps: int, seed: int, latents_only: bool = False
     ) -> dict[str, float]:
-        """Return the seconds of each part of one image; `step` is one of its steps."""
+        """Return the seconds of each part of one image; `step` is the mean of its steps."""
         step_done = 0.0
 
         def note(_pipe: Any, _step: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +85,11 @@ class Peer:
             "encode": end - decoded,
             "total": end - start,
         }
+
+    def operators(self, path: str, size: int) -> dict[str, float]:
+        """Return the seconds of a step for each kind of operator."""
+        self.adapter(path)
+        return step_seconds(lambda steps: self.image("a thing", size, steps, 0, latents_only=True))
 
     def _touch(self) -> None:
         """Read every weight into the page cache.
@@ -137,7 +143,9 @@ def _png(image: Image.Image) -> bytes:
 
 def main() -> None:
     peer = Peer(sys.argv[1])
-    handlers = {name: getattr(peer, name) for name in ("adapter", "image", "fuse", "choose")}
+    handlers = {
+        name: getattr(peer, name) for name in ("adapter", "image", "operators", "fuse", "choose")
+    }
     answer_requests({"memory": memory, **handlers})
 
 

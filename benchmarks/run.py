@@ -3,9 +3,9 @@
     python -m benchmarks.run [--only PART ...] [--quick] [--folder FOLDER] [--out FOLDER]
                              [--sdcpp PYTHON]
 
-Every figure is a median, compared with a baseline from the same run, alternately if possible.
-Needs peft (`pip install --group bench`), two cores, 20 GB of memory, about 20 minutes, and 9 GB of
-disk for the models in the first run.
+Every figure is a median, compared with a baseline from the same run. If possible, the two are
+measured alternately. Needs peft and OpenVINO (`pip install --group bench`), two cores, 20 GB of
+memory, about 25 minutes, and 9 GB of disk for the models in the first run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import cold, fidelity, full_size, images, queue_mix, report, server, switch
+from benchmarks import (
+    cold,
+    fidelity,
+    full_size,
+    images,
+    openvino,
+    operators,
+    queue_mix,
+    report,
+    server,
+    switch,
+)
 from benchmarks.processes import ROOT
 from benchmarks.report import Findings, Settings
 
@@ -25,6 +36,8 @@ def main() -> None:
     found: dict[str, Findings] = {}
     parts: dict[str, Callable[[Settings], Findings]] = {
         "images": images.measure,
+        "operators": operators.measure,
+        "openvino": openvino.measure,
         "switch": switch.measure,
         "cold": cold.measure,
         "server": server.measure,

@@ -35,7 +35,7 @@ def main() -> None:
     )
 
     def image(prompt: str, size: int, steps: int, seed: int) -> dict[str, float]:
-        """Return the seconds of each part of one image; `step` is one of its steps."""
+        """Return the seconds of each part of one image; `step` is the mean of its steps."""
         marks: list[float] = []
 
         def note(step: int, _steps: int, _seconds: float) -> None:

@@ -53,7 +53,7 @@ class Memory:
 
     @property
     def slope(self) -> float:
-        """MiB per 1,000 images, over the second half of the samples; 0 for fewer than four."""
+        """MiB per 1,000 images, over the second half of the samples; 0 for fewer than three."""
         late = self.samples[len(self.samples) // 2 :]
         if len(late) < 2 or late[0][0] == late[-1][0]:
             return 0.0

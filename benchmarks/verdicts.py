@@ -2,9 +2,9 @@
 
     python -m benchmarks.verdicts [--runs 40] [--first 0] [--samples 4] [--size 64] [--steps 12]
 
-Simulates training runs with the miniature as the trainer's web UI sets them up: sampled with
-float32 weights in bfloat16 on another processor, saved in bfloat16, as jpg. Each simulated run has
-a LoRA of its own.
+Simulates training runs with the miniature as the trainer's web UI sets them up. The samples are jpg
+files, computed in bfloat16 on another processor from a LoRA in float32, and the LoRA is saved in
+bfloat16. Each simulated run has a LoRA of its own.
 
 * False alarms: the samples are made in the same way as the draws (images with random values in
   place of lost information; `training/consistency.py`). Each draw therefore takes the place of the
@@ -72,7 +72,7 @@ MISTAKES: dict[str, Callable[[Recipe], Recipe]] = {
 
 
 def main() -> None:
-    """Print the false alarms, and the share of mistakes that are called a mismatch."""
+    """Print, after each run, the number of verdicts of each kind so far, by mistake."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--first", type=int, default=0, help="number of the first run")
@@ -92,7 +92,10 @@ def main() -> None:
 def verdicts_of(
     folder: Path, engine: Engine, number: int, options: argparse.Namespace
 ) -> dict[str, list[str]]:
-    """Return a simulated run's verdicts, by name of the mistake; `each in turn` has no mistake."""
+    """Return a simulated run's verdicts, by name of the mistake.
+
+    `each in turn` has the verdicts on the draws, which are made with the right settings.
+    """
     exact = simulated_run(folder, number, options)
     run = read_run(folder)
     plans = plan_samples(run, 100)
@@ -125,7 +128,10 @@ def trainer_samples(
     mistake: Callable[[Recipe], Recipe],
     scheduler_options: dict[str, Any],
 ) -> list[Pixels]:
-    """Make samples with weights that are not rounded yet, and with other rounding errors."""
+    """Make samples as the trainer does: weights not rounded to bfloat16, other rounding errors.
+
+    `jitter` simulates the rounding errors of another processor.
+    """
     made = []
     for plan in plans:
         recipe = mistake(replace(plan.recipe, adapters=(exact,)))

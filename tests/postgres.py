@@ -34,7 +34,8 @@ class PostgresServer:
     """A PostgreSQL server with a data folder of its own.
 
     Args:
-        is_synced: True to sync commits to the disk, which only a crash of the machine needs.
+        is_synced: True to sync commits to the disk, which protects only against a crash of the
+            machine.
 
     Attributes:
         url: URL of its database.

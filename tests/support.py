@@ -67,15 +67,15 @@ NEEDS_BFLOAT16 = pytest.mark.skipif(
 CPU = torch.device("cpu")
 
 
-def unwritten_model_of(recipe: Recipe) -> LoadedModel:
-    """Return the base model of a recipe on the CPU, before any adapters are merged."""
+def unmerged_model_of(recipe: Recipe) -> LoadedModel:
+    """Return the base model of a recipe on the CPU, before the first call of `merged.apply`."""
     key = ModelKey.of(recipe)
     return load_model(key, key.find_files(), CPU)
 
 
 def load_model_of(recipe: Recipe) -> LoadedModel:
     """Return the base model of a recipe on the CPU, without adapters."""
-    model = unwritten_model_of(recipe)
+    model = unmerged_model_of(recipe)
     model.merged.apply([])
     return model
 

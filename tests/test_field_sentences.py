@@ -21,6 +21,29 @@ def sentences(body: Any, kind: type[pydantic.BaseModel] = InferenceRequest) -> l
 
 
 @pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (
+            {"model": "sd15", "loras": [], "promts": [{"prompt": "a"}]},
+            "It is required. The request has 'promts' instead, which does not exist.",
+        ),
+        (
+            {"model": "sd15", "lora": [], "prompts": [{"prompt": "a"}]},
+            "It is required. The request has 'lora' instead, which does not exist.",
+        ),
+        (
+            {"model": "sd15", "loras": [], "prompts": [{"promt": "a"}]},
+            "It is required. The request has 'promt' instead, which does not exist.",
+        ),
+        ({"model": "sd15", "loras": [], "other": 1}, "It is required."),
+        ({"model": "sd15", "loras": [], "prompts\x00": 1, "\u202eprompts": 1}, "It is required."),
+    ],
+)
+def test_a_misspelled_required_field_is_named(body, sentence):
+    assert sentences(body) == [sentence]
+
+
+@pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
         ("width", "wide", "Expected an integer."),

@@ -1,11 +1,12 @@
 """Draw docs/images/sample-and-ours.png: two samples of the packaged training run.
 
-Shows the trainer's sample, Fidelora's picture, their difference, and what diffusers makes of the
-same LoRA file, and prints the figures of both. Needs peft (`pip install --group bench`).
+Each row has the trainer's sample, Fidelora's picture, their difference, and the picture that
+diffusers makes with the same LoRA file. The script also prints how similar the pictures of Fidelora
+and diffusers are to the sample. Needs peft (`pip install --group bench`).
 
-On processors without bfloat16 instructions, Fidelora's picture differs in some pixels from the
-sample. There, the sample itself is drawn in its place: on AMD Zen 4, which made the samples, both
-were the same.
+On processors without bfloat16 instructions, Fidelora's picture differs from the sample in some
+pixels. On these, the script draws the sample in place of Fidelora's picture. Both are the same on
+AMD Zen 4, on which the samples were made.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _has_bfloat16() -> bool:
 
 
 def _diffusers(pipeline: StableDiffusionPipeline, plan: PlannedSample) -> NDArray[np.uint8]:
-    """Return the picture of a plain script: the pipeline with its scheduler and the same values."""
+    """Return the picture of a plain diffusers script: the pipeline's scheduler, the same values."""
     recipe = plan.recipe
     image = pipeline(
         recipe.prompt,

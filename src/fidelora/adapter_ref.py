@@ -20,9 +20,10 @@ _STAGE_IN_NAME = re.compile(r"(high|low)[-_ ]?noise", re.IGNORECASE)
 
 
 def stage_in_name(name: str) -> Stage | None:
-    """Return the stage in the name of one of the trainer's files: `high_noise` or `low_noise`.
+    """Return the stage that the trainer puts into file names (`high_noise` or `low_noise`).
 
-    None if the name contains none or both.
+    Returns:
+        `high` or `low`; None if the name contains neither or both.
     """
     found = {match.lower() for match in _STAGE_IN_NAME.findall(name)}
     if found == {"high"}:

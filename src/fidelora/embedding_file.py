@@ -8,6 +8,7 @@ text encoder, too. Each has the shape [tokens, width], or [width] for one token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import PurePath
 
@@ -23,6 +24,12 @@ _DIFFUSERS_KEYS = {"text_encoders_0": "clip_l", "text_encoders_1": "clip_g"}
 _MAX_WORD_LENGTH = 200  # characters
 _CONVERTED_KEYS = frozenset({"*", "string_to_param", "string_to_param.*"})
 """Tensor keys in files converted from AUTOMATIC1111's `.pt` embeddings; they are not the word."""
+
+
+_COUNTERS = frozenset({
+    "step", "steps", "global_step", "num_steps", "iteration", "epoch", "epochs",
+})  # fmt: skip
+"""Keys of counters that training scripts store beside the weights."""
 
 
 def embedding_tensors(header: Header) -> dict[str, str]:
@@ -44,12 +51,19 @@ def embedding_tensors(header: Header) -> dict[str, str]:
     return found
 
 
+def is_counter(key: str, header: Header) -> bool:
+    """Return True if a tensor is a counter of the training, such as its step, and has no effect."""
+    return key in _COUNTERS and math.prod(header.tensors[key].shape) == 1
+
+
 def is_embedding(header: Header) -> bool:
     """Return True if the file contains only an embedding.
 
     The LoRA of a training run with an embedding also contains a copy of the embedding.
     """
-    return bool(header.tensors) and len(embedding_tensors(header)) == len(header.tensors)
+    counters = sum(is_counter(key, header) for key in header.tensors)
+    found = len(embedding_tensors(header))
+    return found > 0 and found == len(header.tensors) - counters
 
 
 def embedding_word(header: Header, name: str) -> str | None:

@@ -6,7 +6,8 @@ unable to parse string as an integer"). These are written for the user who set t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 _SENTENCES = {
@@ -44,6 +45,9 @@ _SENTENCES = {
 }
 """Sentences by pydantic's error type (`pydantic_core.ErrorType`); `{}` are names of its context."""
 
+_SIMILAR = 0.75
+"""Smallest similarity (0..1, as `difflib` computes it) of a misspelled name: `promts`, `lora`."""
+
 
 def field_sentence(entry: Mapping[str, Any]) -> str:
     """Return a sentence for an entry of `pydantic.ValidationError.errors()`.
@@ -60,10 +64,30 @@ def field_sentence(entry: Mapping[str, Any]) -> str:
         return (
             "The body must be a JSON object, sent with the header `Content-Type: application/json`."
         )
+    if kind == "missing" and (given := _misspelled(entry)):
+        return f"It is required. The request has {given!r} instead, which does not exist."
     if kind in _SENTENCES:
         return _SENTENCES[kind].format(**context)
     message = str(entry["msg"]).removeprefix("Value error, ")
     return message if message.endswith((".", "!", "?")) else f"{message}."
+
+
+def similar_name(name: str, names: Iterable[object]) -> str | None:
+    """Return the one of some names that differs from `name` by a typing error; None if none does.
+
+    Names that cannot be shown in a message are left out.
+    """
+    shown = [one for one in names if isinstance(one, str) and len(one) < 100 and one.isprintable()]
+    near = get_close_matches(name, shown, n=1, cutoff=_SIMILAR)
+    return near[0] if near else None
+
+
+def _misspelled(entry: Mapping[str, Any]) -> str | None:
+    """Return the name of the field that was given instead of a missing one, by its spelling."""
+    given, name = entry.get("input"), entry["loc"][-1] if entry["loc"] else None
+    if not isinstance(given, Mapping) or not isinstance(name, str):
+        return None
+    return similar_name(name, given)
 
 
 def _whole(value: Any) -> Any:

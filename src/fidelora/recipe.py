@@ -172,14 +172,15 @@ class Recipe:
             does (`Family.usable_frames`). Only for families that make videos.
         fps: frames per second of a video, 1..120; always 16 for a still image.
         steps: 1..150; some samplers have a lower maximum or a higher minimum.
-        guidance_scale: 0..100; values up to 1 disable guidance.
+        guidance_scale: 0..100; values up to 1 disable guidance, unless the denoiser gets the scale
+            as an input (`flux`, `flex1`).
         guidance_rescale: 0..1; share of the guided prediction that is rescaled to the standard
             deviation of the prediction for the prompt, to avoid overexposure.
         seed: 0..2**63-1.
         sampler: one of the family's samplers.
         timestep_spacing: rule by which the sampler's timesteps are chosen. `default` is the
-            trainer's rule. Few-step LoRAs need `trailing` (as in diffusers) or `sgm_uniform` (SGM
-            Uniform of ComfyUI and Forge), which only some samplers support.
+            trainer's rule. Most few-step LoRAs need `trailing` (as in diffusers) or `sgm_uniform`
+            (SGM Uniform of ComfyUI and Forge), which only some samplers support.
         eta: 0..1; strength of the noise that the sampler adds in each step (`gamma` in the paper of
             TCD). None uses the default of the sampler. Only for samplers with this option.
         prediction: quantity that the denoiser was trained to predict.
@@ -290,7 +291,7 @@ class Recipe:
                 object.__setattr__(self, name, value)
 
     def _fill_in_stages(self) -> None:
-        """Set the stage of each adapter that has none but whose name contains it."""
+        """Set the stage of each adapter without one, if its name contains the stage."""
         for name in ADAPTER_FIELDS:
             refs = getattr(self, name)
             if refs and isinstance(refs, list | tuple):

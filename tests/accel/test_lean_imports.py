@@ -107,5 +107,5 @@ def test_all_families_can_be_imported_and_the_rest_afterwards():
 
 
 @pytest.mark.parametrize("use", OTHER_USES, ids=("attribute", "from a module", "module"))
-def test_any_use_of_the_compiler_besides_marks_loads_it(use):
+def test_any_use_of_the_compiler_except_decorators_loads_it(use):
     assert run(LOAD_COMPILER.format(use=use)) == "0.0\n"

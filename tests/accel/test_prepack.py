@@ -231,7 +231,7 @@ def test_unsupported_convolutions_are_not_prepacked():
     assert not prepack._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding="same"))
     assert not prepack._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding_mode="reflect"))
     assert not prepack._is_worth_prepacking(nn.Conv2d(8, 8, 3, padding=1, dtype=torch.float16)), (
-        "oneDNN computes float16 with other bits than PyTorch"
+        "float16 is prepacked, although oneDNN computes other bits than PyTorch"
     )
 
 

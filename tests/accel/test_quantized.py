@@ -1,4 +1,4 @@
-"""Linear layers in float8: rounding of weights, order of additions, and what stays whole."""
+"""Linear layers in float8: rounding of weights, order of additions, and excluded layers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def quantized(layer: nn.Linear, kind: str) -> QuantizedLinear:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_qfloat8_rounds_rows_and_adds_the_bias_apart(dtype):
+def test_qfloat8_rounds_rows_and_adds_the_bias_separately(dtype):
     layer = linear(dtype)
     scale = layer.weight.abs().amax(1, keepdim=True) / 448
     rounded = (layer.weight / scale).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -50,7 +50,7 @@ def test_float8_multiplies_by_the_reciprocal_and_fuses_the_bias():
     assert torch.equal(result(x), nn.functional.linear(x, weight, layer.bias))
 
 
-def test_the_largest_values_and_rows_of_zeros_stay():
+def test_the_largest_value_of_a_row_and_rows_of_zeros_are_kept():
     layer = linear(bias=False)
     layer.weight[3] = 0
     for kind in ("qfloat8", "float8"):
@@ -61,7 +61,7 @@ def test_the_largest_values_and_rows_of_zeros_stay():
         assert weight[5, place] == pytest.approx(float(row[place]), rel=1e-6)
 
 
-def test_only_linear_layers_that_no_pattern_names_are_replaced():
+def test_linear_layers_are_replaced_unless_a_pattern_matches():
     module = nn.ModuleDict(
         {"t_embedder": nn.Sequential(linear()), "layers": nn.Sequential(linear(), nn.LayerNorm(16))}
     )

@@ -1,4 +1,7 @@
-"""Cores and threads: quotas of control groups in a folder that stands for `/`, and variables."""
+"""Numbers of cores and threads: quotas of control groups, and environment variables.
+
+The files of the control groups are in a folder that stands for `/`.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +42,14 @@ def root(folder: Path, mounts: str, groups: str, **files: str) -> Path:
         ("200000 0\n", None),
     ],
 )
-def test_the_quota_of_version_2(tmp_path, content, cores):
+def test_a_quota_of_version_2_is_rounded_up_to_whole_cores(tmp_path, content, cores):
     assert quota(root(tmp_path, V2, "0::/\n", cpu9max=content)) == cores
 
 
 @pytest.mark.parametrize(
     ("allowed", "period", "cores"), [("-1", "100000", None), ("250000", "100000", 3)]
 )
-def test_the_quota_of_version_1(tmp_path, allowed, period, cores):
+def test_a_quota_of_version_1_is_rounded_up_to_whole_cores(tmp_path, allowed, period, cores):
     files = {"cpu9cfs_quota_us": allowed, "cpu9cfs_period_us": period}
     written = {f"cpu,cpuacct__docker__a__{name}": text for name, text in files.items()}
     groups = "5:memory:/docker/a\n4:cpu,cpuacct:/docker/a\n0::/\n"

@@ -99,7 +99,7 @@ def lora(tmp_path) -> Path:
 
 @pytest.fixture
 def other_bytes(lora) -> Callable[[], None]:
-    """Overwrite the file in place: same size, other bytes."""
+    """Return a function that overwrites the file in place: same size, other bytes."""
 
     def overwrite() -> None:
         content = bytearray(lora.read_bytes())

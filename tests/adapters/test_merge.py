@@ -18,7 +18,7 @@ from tests.support import (
     load_model_of,
     merged,
     save_adapter,
-    unwritten_model_of,
+    unmerged_model_of,
     weights_of,
 )
 
@@ -29,7 +29,7 @@ from fidelora.engine.model import LoadedModel
 from fidelora.errors import AdapterMismatchError
 
 SWITCHES = 100
-"""Random switches in a row: each of the eight sets of three adapters is applied many times."""
+"""Number of random switches: each of the 8 subsets of three adapters is applied several times."""
 
 
 def fresh_base(dtype: str = "float32", folder: Path = TINY_BASE) -> LoadedModel:
@@ -99,7 +99,7 @@ def test_the_first_adapters_are_merged_without_writing_pristine_weights(
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
     monkeypatch.setattr(torch, "empty", filled)
-    base = unwritten_model_of(Recipe(prompt="", base_model=str(TINY_BASE)))
+    base = unmerged_model_of(Recipe(prompt="", base_model=str(TINY_BASE)))
     assert all(
         target.weight.is_meta or target.weight.isnan().all()
         for target in base.targets.by_name.values()
@@ -327,9 +327,7 @@ def test_weights_restored_in_another_precision_equal_loaded_ones(tmp_path, store
     assert same(bits(base), loaded)
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/maps").exists(), reason="what is mapped can be read on Linux"
-)
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps of Linux")
 def test_original_weights_use_no_private_memory():
     """They are mapped from the file, and no copy of a changed weight is kept."""
     base = fresh_base()

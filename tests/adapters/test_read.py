@@ -287,6 +287,18 @@ def test_a_file_without_tensors_is_refused(read):
         ("unet.a.delora_lambda", "is a DeLoRA in the format of PEFT"),
         ("base_model.vera_A", "is a VeRA in the format of PEFT"),
         ("unet.a.lora_down1.weight", "is an ABBA"),
+        ("unet.a.lora_up_b.weight", "is an ABBA"),
+        ("unet.a.lora_A2", "is an ABBA"),
+        ("unet.a.lora_B_1.weight", "is an ABBA"),
+        ("unet.a.abba_a1", "is an ABBA"),
+        ("unet.a.lambda_layer", "is a T-LoRA"),
+        ("unet.a.q_layer.weight", "is a T-LoRA"),
+        ("unet.a.base_p.weight", "is a T-LoRA"),
+        ("unet.a.up_list.0", "is a DyLoRA"),
+        ("unet.a.lora_A.3", "is a DyLoRA"),
+        ("unet.a.lora_A.bias", "has a bias in the first factor"),
+        ("unet.a.lora_down.bias", "has a bias in the first factor"),
+        ("unet.a.lora_A.default.bias", "has a bias in the first factor"),
         ("transformer_blocks.0.qkv_proj.lora_down", "in the format of Nunchaku (SVDQuant)"),
         ("transformer_blocks.0.qkv_proj.smooth_factor", "has quantised weights (SVDQuant"),
         ("double_blocks.0.img_attn.norm.key_norm.scale", "is a control LoRA of FLUX.1"),
@@ -301,6 +313,19 @@ def test_an_adapter_of_an_unsupported_kind_is_refused_with_its_reason(read, key,
         read({**lora(), key: torch.ones(8, 1)})
     assert reason in str(raised.value)
     assert f"({key})" in str(raised.value)
+
+
+@pytest.mark.parametrize("key", ["step", "epoch", "global_step"])
+def test_counters_of_the_training_have_no_effect(read, key):
+    plain, counted = read(lora()), read({**lora(), key: torch.tensor(1200)})
+    assert counted.modules == plain.modules
+    (module,) = plain.modules
+    shape = plain.deltas[module].shape_for(torch.Size((0, 0)))
+    assert counted.deltas[module].shape_for(torch.Size((0, 0))) == shape
+    embedding = read({"emb_params": torch.ones(2, 768), key: torch.tensor([1200])})
+    assert embedding.is_embedding
+    with pytest.raises(AdapterFormatError, match="stores steps_taken as I64"):
+        read({**lora(), "steps_taken": torch.tensor(1200)})
 
 
 @pytest.mark.parametrize(

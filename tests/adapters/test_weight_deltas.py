@@ -436,8 +436,17 @@ def test_weight_differences_are_scaled_and_added(read, shape, multiplier):
     )
 
 
-def test_the_bias_of_a_lora_of_peft_is_scaled(read):
-    tensors = {**lora(LINEAR, ("lora_A.weight", "lora_B.weight")), "m.lora_B.bias": numbers(OUT)}
+@pytest.mark.parametrize(
+    ("down", "up", "end"),
+    [
+        ("lora_A.weight", "lora_B.weight", "lora_B.bias"),
+        ("lora_A.default.weight", "lora_B.default.weight", "lora_B.default.bias"),
+        ("lora_down.weight", "lora_up.weight", "lora_up.bias"),
+        ("lora.down.weight", "lora.up.weight", "lora.up.bias"),
+    ],
+)
+def test_the_bias_of_a_lora_of_peft_is_scaled(read, down, up, end):
+    tensors = {**lora(LINEAR, (down, up)), f"m.{end}": numbers(OUT)}
     metadata = json.dumps({"lora_alpha": 2})
     bias = read(tensors, lora_adapter_metadata=metadata).biases["m"]
     assert torch.equal(merged(bias, torch.zeros(OUT), 1.0), numbers(OUT) * 0.5)

@@ -218,7 +218,7 @@ def test_request_for_refuses_values_out_of_the_range_of_the_api():
         request_for([Recipe(prompt="a", guidance_scale=30, adapters=(A,))], ["x"])
 
 
-def test_default_given_and_random_seeds():
+def test_seeds_are_the_default_the_given_one_or_random():
     asked = [
         {"prompt": "a"},
         {"prompt": "b"},
@@ -325,7 +325,7 @@ def test_a_rounded_size_is_reported(size, note):
 
 
 def test_sizes_have_the_divisor_of_the_documented_api():
-    """It can be larger than the trainer's, which is that of recipes."""
+    """The divisor can be larger than that of the trainer and of recipes."""
     prompts = [{"prompt": "a ball", "width": 720, "height": 1360}]
     (made,) = recipes((A,), model="lumina2", prompts=prompts)
     assert (made.width, made.height) == (704, 1344)
@@ -565,7 +565,7 @@ def test_the_answer_to_a_request_has_its_urls():
     }
 
 
-def test_status_and_result_over_the_life_cycle_of_a_job():
+def test_status_and_result_follow_the_life_cycle_of_a_job():
     job = new_job(recipes(prompts=[{"prompt": "a"}, {"prompt": "b"}]), NOW)
     waiting = json.loads(status_of(job, 3).model_dump_json())
     assert (

@@ -568,7 +568,8 @@ def test_torch_is_not_imported_unless_required(code):
     subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=True)
 
 
-def test_an_interrupt_while_generating_leaves_no_file(tmp_path):
+@pytest.mark.parametrize("folders", [[], ["-o", "new/pictures/"]])
+def test_an_interrupt_while_generating_leaves_no_file(tmp_path, folders):
     """Send a real signal to a real process after its second sampling step."""
     arguments = [
         "generate",
@@ -582,6 +583,7 @@ def test_an_interrupt_while_generating_leaves_no_file(tmp_path):
         "150",
         "--device",
         "cpu",
+        *folders,
     ]
     start = (
         "import sys, os, signal, fidelora.engine.engine as e, fidelora.cli as c\n"

@@ -144,7 +144,9 @@ def test_a_lora_is_downloaded_to_a_folder(hub, tmp_path):
     assert [path.name for path in (tmp_path / "loras").iterdir()] == ["sks.safetensors"]
     assert run(hub, source, "-o", "loras", HF_HUB_OFFLINE="1") == expected
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    assert run(hub, source, "-o", "loras", **unreachable) == expected, "from the cache"
+    assert run(hub, source, "-o", "loras", **unreachable) == expected, (
+        "the LoRA was not taken from the cache"
+    )
 
 
 @pytest.mark.parametrize(

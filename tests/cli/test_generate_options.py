@@ -74,14 +74,18 @@ def test_the_loras_of_a_folder_are_used_in_turn(fidelora, tmp_path, loras):
     code, out, err = fidelora(
         "generate", "a [name]", "--lora", "run", "-n", "2", "--output", template, *SMALL
     )
-    assert (code, err) == (0, NOTE.format("sks_9") + "\n"), "reported once"
+    assert (code, err) == (0, NOTE.format("sks_9") + "\n"), (
+        "the trigger word was not reported exactly once"
+    )
     assert out.splitlines() == [
         f"out/{name}/a_sks-{seed}.png" for name in ("sks_9", "sks_10") for seed in (42, 43)
     ]
     first, second, third, _ = (read_record(tmp_path / line) for line in out.splitlines())
     assert first["recipe"]["adapters"][0]["name"] == "sks_9"
     assert third["recipe"]["adapters"][0]["name"] == "sks_10"
-    assert first["digest"] == third["digest"] != second["digest"], "the same file, the same seed"
+    assert first["digest"] == third["digest"] != second["digest"], (
+        "images with the same file and seed differ, or others do not"
+    )
 
 
 @pytest.mark.usefixtures("no_image")

@@ -37,7 +37,7 @@ def test_the_options_of_generate_are_in_groups(fidelora):
     titles = ("Options", SAMPLING_PANEL, MODEL_PANEL, DEVICE_PANEL)
     positions = [out.index(f"─ {title} ─") for title in titles]
     assert positions == sorted(positions)
-    assert "[trigger] is replaced" in out, "brackets are not markup"
+    assert "[trigger] is replaced" in out, "[trigger] was read as markup"
 
 
 def test_former_and_usual_names_of_options_exist():

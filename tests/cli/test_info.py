@@ -52,7 +52,7 @@ def test_the_object_has_versions_device_bases_and_folders(fidelora, tmp_path, mo
     )
     images = document["folders"]["images"]
     assert (images["exists"], images["writable"]) == (False, True)
-    assert list(tmp_path.iterdir()) == [tmp_path / "data"], "nothing is created"
+    assert list(tmp_path.iterdir()) == [tmp_path / "data"], "a file or folder was created"
 
 
 def test_secrets_are_not_printed(fidelora, monkeypatch):

@@ -28,7 +28,10 @@ def test_inspect_describes_adapters(fidelora, tmp_path):
         assert line in out
     code, out, _ = fidelora("inspect", str(LORA))
     assert code == 0
-    assert "no modules have the shapes of sd15's default base model; 120 of 120" in out
+    assert (
+        "not sd15's default base model: 120 of 120 modules have its names, none also its shapes"
+        in out
+    )
     code, out, _ = fidelora("inspect", str(LORA), *BASE[:2], "--json")
     found = json.loads(out)
     assert (
@@ -91,3 +94,11 @@ def test_inspect_identifies_an_sdxl_dora(fidelora):
         "dora",
         "sdxl_1.0",
     )
+
+
+def test_inspect_of_another_file_has_no_rows_without_a_value(fidelora, tmp_path):
+    (tmp_path / "notes.txt").write_text("hello\n")
+    code, out, _ = fidelora("inspect", "notes.txt")
+    rows = [line.split(maxsplit=1) for line in out.splitlines()[1:]]
+    assert (code, [name for name, _ in rows]) == (1, ["size", "sha256", "problem"])
+    assert rows[2][1].startswith("notes.txt is a text file, not weights.")

@@ -22,7 +22,16 @@ def test_recipe_names_a_base_that_is_on_another_machine(fidelora, copy_run):
     folder = copy_run(lambda process: process["model"].update(name_or_path="/gone/base"))
     code, _, err = fidelora("recipe", str(folder))
     assert code == 0
-    assert "serve --base-model sd15=BASE`, where BASE is your copy of /gone/base, which" in err
+    assert "serve --base-model sd15=BASE`, where BASE is the base model of the run" in err
+    assert "the trainer's name of it, /gone/base, was not found on this machine" in err
+
+
+def test_recipe_names_the_base_of_the_family(fidelora, copy_run):
+    name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    folder = copy_run(lambda process: process["model"].update(name_or_path=name))
+    code, _, err = fidelora("recipe", str(folder))
+    assert code == 0
+    assert f"serve --base-model sd15={name}` and" in err
 
 
 def test_recipe_names_the_bundled_base_of_the_demo(fidelora):
@@ -51,7 +60,9 @@ def test_recipe_prints_the_settings_of_a_quantised_run(fidelora):
 def test_recipe_prints_a_request(fidelora):
     code, out, err = fidelora("recipe", str(RUN), "--index", "1")
     assert code == 0
-    assert "serve --base-model sd15=golden/tiny-sd15` and the" in err
+    # It looks like a hub id, but is the path of the machine where the run was trained.
+    assert "serve --base-model sd15=BASE`, where BASE is the base model of the run" in err
+    assert "the trainer's name of it, golden/tiny-sd15, was not found" in err
     assert "FIDELORA_DTYPE=float32" in err
     body = json.loads(out)
     assert body["loras"] == [{"path": LORA.name, "sha256": AdapterRef.from_file(LORA).sha256}]
@@ -112,4 +123,4 @@ def test_the_request_for_an_sdxl_run_gives_its_recipes(fidelora, copy_run):
     planned = [plan.recipe for plan in plan_samples(read_run(folder), 6, base_model=str(TINY_SDXL))]
     assert (code, list(recipes)) == (0, planned)
     assert {recipe.adapters[0].alpha for recipe in recipes} == {4.0}
-    assert "fidelora serve --base-model sdxl=golden/tiny-sdxl" in err
+    assert "fidelora serve --base-model sdxl=BASE" in err

@@ -134,7 +134,9 @@ def test_changes_of_the_recipe_are_reported(fidelora, image, tmp_path):
         *CPU,
     )
     document = json.loads(out)
-    assert document["changes"] == {"fidelity": {"was": "exact", "now": "fast"}}, "same content"
+    assert document["changes"] == {"fidelity": {"was": "exact", "now": "fast"}}, (
+        "more than the fidelity is reported as changed"
+    )
     assert "warning: fidelity is 'fast' instead of 'exact'." in err
     assert (document["source"], document["recipe"]["fidelity"], document["ignored"]) == (
         "fidelora",
@@ -146,7 +148,7 @@ def test_changes_of_the_recipe_are_reported(fidelora, image, tmp_path):
 
 
 def test_the_base_model_is_found_by_its_content(fidelora, made, tmp_path, monkeypatch):
-    """An image has no path; the base model may have moved if it was used there."""
+    """Images contain no path. A base model is found wherever it was used before."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     image = made.save(tmp_path / "ball.png")
     record = read_record(image)

@@ -207,12 +207,12 @@ def test_other_folders_are_rejected(fidelora, tmp_path):
     code, _, err = fidelora("verify", "nowhere")
     assert (code, err) == (
         2,
-        "error: The folder nowhere does not exist; set the output folder of a training run.\n",
+        "error: The folder nowhere does not exist; give the output folder of a training run.\n",
     )
     (tmp_path / "lora.safetensors").touch()
     code, _, err = fidelora("verify", str(tmp_path / "lora.safetensors"))
     assert (code, err.count("\n")) == (2, 1)
-    assert "lora.safetensors is a file; set the output folder of a training run." in err
+    assert "lora.safetensors is a file; give the output folder of a training run." in err
 
 
 def test_a_run_of_the_user_interface_is_verified(fidelora, copy_run):
@@ -263,3 +263,25 @@ def test_a_wrong_sdxl_setting_is_diagnosed(fidelora, copy_run):
     diagnosis = json.loads(out)["doctor"]
     assert (code, diagnosis["cause"], diagnosis["explains"]) == (1, "guidance", 1.0)
     assert "set guidance_rescale to 0" in diagnosis["fix"]
+
+
+@pytest.mark.parametrize("command", ["verify", "grid"])
+def test_a_missing_base_of_the_run_is_only_an_error(fidelora, copy_run, monkeypatch, command):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = copy_run(lambda process: process["model"].update(name_or_path="/gone/base"))
+    code, out, err = fidelora(command, str(folder), "--device", "cpu")
+    error = err.splitlines()[-1]
+    assert (code, "same %" in out) == (2, False)
+    assert error.startswith(
+        "error: The training run lora_linear_f32 was trained on the base model /gone/base, which "
+        "was not found. If it is a path of another machine, add `--base-model PATH` with that "
+        "model: a diffusers folder, a .safetensors checkpoint or a hub id."
+    )
+    folder = folder.rename(folder.with_name("bundled"))
+    config = (folder / "config.yaml").read_text().replace("/gone/base", "golden/miniature")
+    (folder / "config.yaml").write_text(config)
+    code, _, err = fidelora(command, str(folder), "--device", "cpu")
+    assert (code, "add `--base-model fidelora:miniature`, the same model" in err) == (2, True)
+    # The message about a base model that the user named does not mention the run.
+    code, _, err = fidelora(command, str(folder), "--device", "cpu", "--base-model", "/gone/too")
+    assert (code, "was trained on" in err) == (2, False)

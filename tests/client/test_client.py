@@ -264,7 +264,7 @@ def test_api_key_is_sent_and_not_in_repr(url, context):
         assert key not in repr(client) + repr(vars(client))
 
 
-def test_async_client_against_the_application(url, context, worker, tmp_path):
+def test_every_call_of_the_async_client_works(url, context, worker, tmp_path):
     async def run() -> None:
         async with AsyncClient(url) as client:
             in_background(context, lambda: finish(worker, context))

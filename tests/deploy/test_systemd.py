@@ -10,7 +10,7 @@ from tests.deploy.deploy_support import DEPLOY, assert_settings, check, program,
 
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 NAMES = [path.name for path in UNITS]
-MOST_EXPOSED = 25  # tenths of the exposure of `systemd-analyze security`; 100 has no protection
+MOST_EXPOSED = 25  # limit of `systemd-analyze security`, in tenths of its level; 0 is best
 
 
 @pytest.mark.parametrize("name", NAMES)

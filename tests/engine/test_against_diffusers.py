@@ -63,7 +63,8 @@ def test_every_family_is_compared():
 def base_of(key: ModelKey) -> LoadedModel:
     """Load a base model with diffusers' own modules.
 
-    Only float16 VAEs are changed later; each belongs to the base of one test.
+    The models are shared by tests. Only float16 VAEs are changed later, and only one test uses
+    each of these.
     """
     with patch("fidelora.engine.model.prepack"):
         base = load_model(key, key.find_files(), CPU)
@@ -132,7 +133,7 @@ def sdxl(base: LoadedModel, scheduler: Any, recipe: Recipe) -> tuple[Any, dict[s
     first, second = (encoders_of(base)[name] for name in ("text_encoder", "text_encoder_2"))
     vae = base.parts["vae"]
     if recipe.vae_dtype == "float16":
-        vae = vae.to(torch.float16)  # the pipeline itself makes it wider for decoding
+        vae = vae.to(torch.float16)  # the pipeline converts it to float32 for decoding
     pipeline = StableDiffusionXLPipeline(
         vae,
         first.encoder,

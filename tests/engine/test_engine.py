@@ -5,7 +5,9 @@ from __future__ import annotations
 import platform
 import random
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from tests.support import (
 
 from fidelora import AdapterRef, Engine, Progress, Recipe
 from fidelora.accel.device import processor_name, read_processor_name
+from fidelora.engine.binding import bind, with_adapters
 from fidelora.errors import (
     AdapterChangedError,
     AdapterMismatchError,
@@ -490,9 +493,30 @@ def test_running_out_of_memory_raises_a_typed_error(engine, monkeypatch):
         engine.generate(Recipe(prompt="a ball", **SMALL))
 
 
+def test_loading_reports_the_seconds_of_each_phase(engine, monkeypatch):
+    seconds = [0.0]
+
+    def taking(spent: float, run: Callable[..., Any]) -> Callable[..., Any]:
+        def run_and_wait(*args: Any) -> Any:
+            seconds[0] += spent
+            return run(*args)
+
+        return run_and_wait
+
+    module = "fidelora.engine.engine"
+    clock = SimpleNamespace(monotonic=lambda: seconds[0])
+    monkeypatch.setattr("fidelora.engine.phase_clock.time", clock)
+    monkeypatch.setattr(f"{module}.bind", taking(5, bind))
+    monkeypatch.setattr(f"{module}.with_adapters", taking(2, with_adapters))
+    recipe = Recipe(prompt="a ball", adapters=(AdapterRef.from_file(LORA),), **SMALL)
+    assert engine.load(recipe) == {"load": 0.0, "read": 5.0, "adapters": 2.0}
+    made = engine.generate(recipe).seconds
+    assert {phase: made[phase] for phase in ("load", "read", "adapters")} == engine.load(recipe)
+
+
 def test_progress_and_timings_are_reported(engine):
     image = engine.generate(Recipe(prompt="a ball", **SMALL))
-    assert list(image.seconds) == ["load", "adapters", "text", "denoise", "decode"]
+    assert list(image.seconds) == ["load", "read", "adapters", "text", "denoise", "decode"]
     assert {
         "fidelora",
         "torch",

@@ -75,7 +75,7 @@ def test_an_adapter_of_the_real_model_fits_by_shape(examined):
 
 
 def test_names_without_shapes_identify_no_family():
-    """All names of the miniature's LoRA are in SDXL, only some in the SD 1.5 of its metadata."""
+    """All modules of the miniature's LoRA exist in SDXL, and some in SD 1.5, which it names."""
     found = examine_adapter(MINIATURE_LORA)
     assert (found.model, found.matched, found.same_shapes) == ("sd15", 90, 0)
     assert (codes(found), found.usable) == ([("other_base", False)], True)

@@ -255,6 +255,12 @@ def test_programs_with_a1111s_text_are_told_apart(end, program):
     assert read(parameters=text).program == program
 
 
+def test_numbers_with_decimal_commas_are_read():
+    line = "Steps: 9, Sampler: Euler, CFG scale: 5,5, Seed: 1, Size: 64x64, Version: v1.10.1"
+    found = read(parameters=f"a ball <lora:sks:0,8>\n{line}")
+    assert (found.guidance_scale, found.loras) == (5.5, (UsedLora("sks", 0.8, 0.8),))
+
+
 def test_settings_of_fooocus_are_read():
     settings = {
         "prompt": "a ball", "full_prompt": ["a ball", "cinematic"], "negative_prompt": "",

@@ -69,7 +69,7 @@ def test_sd15_states_are_those_of_an_enlarged_table(dtype):
 
 @torch.no_grad()
 def test_sdxl_states_and_pooled_are_those_of_enlarged_tables():
-    """The pooled state is that of the largest token, which may be one of the embedding."""
+    """The pooled state is that of the largest token id, which may belong to the embedding."""
     model = load_model_of(Recipe(prompt="", model="sdxl", base_model=str(TINY_SDXL)))
     text: Any = model.text
     names = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}

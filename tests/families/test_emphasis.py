@@ -57,7 +57,7 @@ def encoder(engine) -> Any:
         ("BREAKFAST", [("BREAKFAST", 1)]),
     ],
 )
-def test_weights_of_the_parts_of_a_prompt(prompt, spans):
+def test_each_part_of_a_prompt_has_its_weight(prompt, spans):
     found = spans_of(prompt)
     assert [span.text for span in found] == [text for text, _ in spans]
     assert [span.weight for span in found] == pytest.approx([weight for _, weight in spans])
@@ -264,8 +264,8 @@ def test_emphasis_changes_images(engine, model):
     assert np.array_equal(plain, pixels_of(engine, emphasis="ignore", **model))
 
 
-def test_prompts_of_different_lengths_are_evaluated_apart(engine):
-    """The prediction of each row is that of an image whose prompts have the same length."""
+def test_prompts_of_different_lengths_are_evaluated_separately(engine):
+    """The UNet is called once for each length: 77 tokens and 154, or two rows of 154."""
     long, short = "a red ball BREAK a dog", "bad"
     seen = []
     engine.load(Recipe(prompt="", **SMALL))
@@ -292,7 +292,7 @@ def test_prompts_of_different_lengths_are_evaluated_apart(engine):
 
 @torch.no_grad()
 def test_each_row_of_a_batch_has_its_own_prompt(engine):
-    """Rows of 77 and 154 tokens, in an order that their groups do not have."""
+    """The rows of 77 tokens are not consecutive, so grouping by length changes the order."""
     engine.load(Recipe(prompt="", **SMALL))
     model: Any = engine._models.latest
     size, guidance = Size(64, 64), Guidance(7.0)

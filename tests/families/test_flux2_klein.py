@@ -284,7 +284,7 @@ def test_the_truncated_end_of_a_prompt_is_quoted(engine):
     assert warning.endswith('at night".')
 
 
-def test_previews_and_sizes_of_latents():
+def test_latents_and_previews_have_the_size_of_the_image():
     latents, size = load_model_of(SMALL).latents, Size(96, 64)
     assert latents.shape(size) == (1, 128, 4, 6)
     assert latents.tokens(size) == 24

@@ -97,7 +97,7 @@ def test_the_table_has_a_row_for_every_family_of_transformers():
 
 @pytest.mark.parametrize("base", all_families())
 @pytest.mark.parametrize("model", LORAS)
-def test_a_lora_of_another_family_names_its_own(model, base, tmp_path):
+def test_the_error_for_a_lora_of_another_family_names_that_family(model, base, tmp_path):
     own, other = get_family(model), get_family(base)
     if own.adapter_base_versions == other.adapter_base_versions:
         pytest.skip("the same family")

@@ -143,7 +143,7 @@ def test_images_with_jitter_can_share_a_batch_of_different_prompts(engine):
         assert abs(image.pixels.astype(int) - alone).mean() < 2
 
 
-def test_previews_and_sizes_of_latents():
+def test_latents_and_previews_have_the_size_of_the_image():
     latents, size = load_model_of(SMALL).latents, Size(96, 64)
     assert latents.shape(size) == (1, 16, 8, 12)
     assert latents.tokens(size) == 24

@@ -203,7 +203,7 @@ def test_only_the_language_model_is_loaded():
 
 
 def test_the_rotary_tables_are_rounded_with_the_weights():
-    """The trainer's `.to(dtype)` rounds them. The limits for other processors would not show it."""
+    """The trainer's `.to(dtype)` rounds them. The tolerances of the golden runs could hide this."""
     exact, rounded = (
         load_model_of(replace(SMALL, dtype=dtype, text_encoder_dtype=dtype))
         .parts["text_encoder"]
@@ -235,7 +235,7 @@ def test_names_of_other_transformers_versions_are_loaded(
     assert np.array_equal(again, engine.generate(SMALL).pixels)
 
 
-def test_previews_and_sizes_of_latents():
+def test_latents_and_previews_have_the_size_of_the_image():
     latents, size = load_model_of(SMALL).latents, Size(96, 64)
     assert latents.shape(size) == (1, 1, 16, 8, 12)
     assert latents.tokens(size) == 24

@@ -209,7 +209,7 @@ def test_text_encoder_names_with_and_without_text_model_are_equal(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_estimated_memory_covers_the_loaded_model(tmp_path, dtype):
-    """Also if the VAE is converted to a wider dtype than the other parts."""
+    """The estimate includes a VAE that is converted to a wider dtype than the other parts."""
     base = tmp_path / "base"
     shutil.copytree(TINY_SDXL, base)
     config = read_json(base / "vae" / "config.json") | {"force_upcast": True}
@@ -389,7 +389,9 @@ def test_an_adapter_of_the_other_model_names_the_right_model(engine, path, made_
         f"{path.stem} is an adapter for {title}, but the base model is of family {other}. "
         f"Use the adapter with model {made_for}."
     )
-    assert str(raised.value) == expected
+    assert str(raised.value).startswith(expected)
+    assert f"`--model {made_for}`" in str(raised.value)
+    assert f"`--base-model {made_for}=BASE`" in str(raised.value)
 
 
 def test_an_adapter_that_fits_both_models_is_checked_by_metadata(engine, tmp_path):
@@ -433,7 +435,7 @@ def test_the_right_model_is_named_without_metadata(engine, tmp_path):
     )
     with pytest.raises(AdapterMismatchError, match="Use the adapter with model sdxl"):
         engine.generate(recipe_with(text, **SD15))
-    # A name that both have: the shapes decide, here those of the models of full size.
+    # Both models have this module, so its shape decides; it is that of the full-size SDXL.
     both = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
     wide = save_adapter(tmp_path / "b.safetensors", random_lora((both, 640, 2048)))
     with pytest.raises(AdapterMismatchError, match="Use the adapter with model sdxl"):

@@ -209,7 +209,7 @@ def test_files_of_related_models_are_refused(engine, tmp_path):
 @pytest.mark.parametrize("model", [*BASES, *WHOLE])
 @pytest.mark.parametrize("style", ["scaled_fp8", "comfy_quant", "metadata", "bitsandbytes"])
 def test_a_file_with_scaled_weights_is_refused_by_name(tmp_path, model, style):
-    """Without a computation: a refusal must not depend on the other weights of the file."""
+    """It is refused before anything is computed, whatever the other weights of the file are."""
     base = {**BASES, **WHOLE}[model]
     weights = weights_of(base)
     key = next(key for key, value in weights.items() if value.dim() == 2)

@@ -120,7 +120,7 @@ def test_a_lora_leaves_no_trace_and_is_equal_merged_and_live(engine):
     assert np.array_equal(engine.generate(SMALL).pixels, pristine)
 
 
-def test_previews_and_sizes_of_latents():
+def test_latents_and_previews_have_the_size_of_the_image():
     latents, size = load_model_of(SMALL).latents, Size(96, 64)
     assert latents.shape(size) == (1, 16, 8, 12)
     assert latents.tokens(size) == 24
@@ -278,7 +278,7 @@ def test_other_kinds_of_quantisation_are_refused_by_name():
         quantization_of({"quantize": True, "qtype": "uint3|x"}, ZIMAGE)
 
 
-def test_quantised_parts_keep_their_named_layers_whole():
+def test_layers_that_the_trainer_excludes_are_not_quantised():
     recipe = replace(SMALL, quantization="qfloat8", text_encoder_quantization="qfloat8")
     model = load_model_of(recipe)
     kinds = {

@@ -21,7 +21,7 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def start(data):
-    """Start a server on the test's data folder; all servers end with the test."""
+    """Return a function that starts a server on the test's data folder; all end with the test."""
     started: list[Server] = []
 
     def begin(base: Path | str = TINY_BASE, **settings: str) -> Server:

@@ -137,7 +137,7 @@ def check_refusal(response: Any) -> None:
     """Check that an error response has a message for people, which is short and printable."""
     body = response.json()
     assert_is_message(message_of(body))
-    assert len(response.content) <= 64 * 1024, "the whole response is short"
+    assert len(response.content) <= 64 * 1024, "the response is long"
 
 
 def message_of(body: Any) -> str:

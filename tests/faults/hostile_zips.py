@@ -149,7 +149,7 @@ def _structures() -> dict[str, bytes]:
     good = zip_of({"run/config.yaml": _CONFIG, "run/b.png": b"x" * 100}, zipfile.ZIP_STORED)
     central, end = good.index(_CENTRAL), good.index(_END)
     found = {}
-    # Without fields that Python does not use, because the files have the same information.
+    # Only fields that Python reads: the header of each file repeats the others.
     fields = {
         "flags": (8, 2), "method": (10, 2), "checksum": (16, 4),
         "size": (24, 4), "name length": (28, 2), "extra length": (30, 2),
@@ -233,7 +233,8 @@ def _configurations() -> dict[str, bytes]:
         "recursive": "config: &a {process: [*a], name: *a}",
         "tags": "!!python/object/apply:os.system [id]", "deep": "[" * 1000,
         "deep mapping": "{a: " * 500, "number of colons": "config: " + "1:" * 5000 + "1",
-        "invalid UTF-8": b"config: \xff\xfe", "NUL": b"config: \0", "UTF-16": text.encode("utf-16"),
+        "invalid UTF-8": b"config: \xff\xfe", "NUL": b"config: \0",
+        "cut UTF-16": text.encode("utf-16")[:-1], "unmarked UTF-16": text.encode("utf-16-le"),
         "escape": 'config: {name: "\\e]0;x", process: [{model: {name_or_path: a, arch: "\\e"}}]}',
         "long name": text.replace("name: lokr_full", f"name: {'n' * 10_000}"),
         "other family": text.replace("    model:\n", "    model:\n      is_v3: true\n"),

@@ -31,7 +31,7 @@ NAME = "hostile.safetensors"
 
 @pytest.fixture(scope="module")
 def after_a_sound_job(server: FaultServer) -> None:
-    """The base model is loaded, and a sound adapter was used."""
+    """Run a job with a sound adapter, which also loads the base model."""
     (server.loras / "sound.safetensors").write_bytes(SOUND)
     response = server.post("/v1/inference", request_for("sound.safetensors"))
     assert response.status_code == 200
@@ -112,7 +112,7 @@ def check_upload(server: FaultServer, path: Path, hostile: Hostile) -> None:
     if hostile.outcome == "refused":
         assert 400 <= response.status_code < 500
     elif response.status_code == 201:
-        assert len(response.content) < 10_000, "the summary is short"
+        assert len(response.content) < 10_000, "the summary is long"
         assert server.call("DELETE", f"/v1/loras/{NAME}").status_code == 204
 
 

@@ -155,7 +155,7 @@ def test_kills_of_api_processes_under_load_lose_no_request(cluster, store):
                 until(lambda: store.count(Status.IN_QUEUE) == 0)
         cluster.servers[victim] = cluster.start(victim)
     jobs = {job.id: job for job in store.list(limit=100_000).jobs}
-    assert set(accepted.values()) == jobs.keys(), "each key has made one request"
+    assert set(accepted.values()) == jobs.keys(), "a key has made no request, or several"
     assert len(jobs) == ROUNDS * (REQUESTS + 2)
     for job in jobs.values():
         assert job.status is (Status.CANCELED if job.id in canceled else Status.SUCCEEDED)

@@ -20,7 +20,7 @@ import pytest
 from tests.faults.answers import try_submit
 from tests.faults.rounds import REQUESTS, ROUNDS
 from tests.faults.test_kills import LONG, is_gone, workers_of
-from tests.server.serve_support import Server, until
+from tests.server.serve_support import ANSWER_DEADLINE_S, Server, until
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -57,7 +57,7 @@ def test_streams_that_vanish_leave_nothing(start):
         with ExitStack() as streams:
             for _ in range(STREAMS):
                 streams.enter_context(event_stream(server, running))
-            assert server.call("/health", deadline_s=5) == {"status": "healthy"}
+            assert server.call("/health", deadline_s=ANSWER_DEADLINE_S) == {"status": "healthy"}
             assert open_files(server) >= STREAMS
         until(lambda: open_files(server) <= before + 5)
     server.call(f"/v1/requests/{running}", method="DELETE")

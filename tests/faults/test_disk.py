@@ -28,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Any]:
-    """Make folders on file systems of this many MiB."""
+    """Return a function that makes a folder on a file system of this many MiB."""
     mounted: list[Path] = []
 
     def make(name: str, mebibytes: int) -> Path:

@@ -40,7 +40,7 @@ from fidelora.recipe import AdapterRef
 URL = "https://files.example/a.safetensors"
 PATH = "/a.safetensors"
 SHORT = replace(RULES, timeout_s=0.5)
-"""Rules for servers that never finish; nothing else is fast enough for this limit to matter."""
+"""Rules with a short timeout. Only for servers that never finish: others could exceed it."""
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_redirects_to_hostile_places_are_refused(site, target, place):
         b"HTTP/1.1 302 X\r\nConnection: close\r\nLocation: " + place.encode() + b"\r\n\r\n"
     )
     assert isinstance(refusal(site, target, URL), AdapterUrlRefusedError | AdapterDownloadError)
-    assert len(site.heads) == 1, "no second request was sent"
+    assert len(site.heads) == 1, "a second request was sent"
 
 
 def test_a_redirect_with_a_very_long_url_is_refused(site, target):
@@ -246,10 +246,10 @@ def test_content_that_changes_is_detected(site, resolve):
     other = safetensors_of(*lora({"changed": "yes"}))
     site.answers[PATH] = answer(other, 'ETag: "1"')
     second = resolve()
-    assert second.sha256 != first.sha256, "the content counts, not the ETag"
+    assert second.sha256 != first.sha256, "the changed content was not noticed behind the same ETag"
     with pytest.raises(AdapterChangedError):
         resolve("0" * 64)
-    assert resolve(first.sha256).sha256 == first.sha256, "it is still in the cache"
+    assert resolve(first.sha256).sha256 == first.sha256, "the file is no longer in the cache"
 
 
 def test_a_server_that_claims_no_change_returns_the_known_file(site, resolve):

@@ -86,7 +86,7 @@ def test_no_accepted_request_is_lost_when_the_server_is_killed(start, data):
     assert [file.name for file in files] == sorted(f"{each}_output_0.png" for each in accepted)
     for request_id, seed in accepted.items():
         (image,) = result(server, request_id)["outputs"]["images"]
-        assert image["sha256"] == done.get(request_id, image["sha256"]), "made twice"
+        assert image["sha256"] == done.get(request_id, image["sha256"]), "an image was made twice"
         file = data / "outputs" / f"{request_id}_output_0.png"
         recipe = Recipe.from_dict(read_record(file)["recipe"])
         assert recipe.seed == seed

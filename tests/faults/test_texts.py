@@ -100,7 +100,7 @@ def test_texts_make_a_job_or_are_refused(server, text):
             recipe = job.recipes[0]
             if field != "trigger_word":
                 stored = recipe.prompt if field == "prompt" else recipe.negative_prompt
-                assert stored == text or "[" in text, "the text is stored unchanged"
+                assert stored == text or "[" in text, "the stored text was changed"
             prompt_line(job).encode()
     small = {"prompt": text, "width": 64, "height": 64, "steps": 1}
     if check(server, server.post("/sdapi/v1/txt2img", small), before):

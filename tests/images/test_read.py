@@ -187,6 +187,8 @@ def test_missing_parameters_except_the_size_use_the_models_defaults():
             "does not support the scheduler 'Karras' here",
         ),
         ("Steps: many, Sampler: Euler, Seed: 1", "Steps", "not valid for this key"),
+        ("Steps: 20,5, Sampler: Euler, Seed: 1", "Steps", "not valid for this key"),
+        ("Steps: 20, Sampler: Euler, Seed: 1,234,567", "Seed", "not valid for this key"),
         ("Steps: 20, Sampler: Euler, Seed: -1", "Seed", "not valid for this key"),
         ("Steps: 20, Sampler: Euler, Size: 12", "Size", "not valid for this key"),
         (
@@ -240,6 +242,14 @@ def test_unusable_lora_tags_are_listed(prompt, value):
     read = read_parameters(f"{prompt}\nSteps: 20, Sampler: Euler, Seed: 1", SD15)
     assert (read.prompt, read.loras) == ("a", ())
     assert [one.value for one in read.ignored] == [value]
+
+
+def test_decimal_commas_are_read():
+    line = "Steps: 20, Sampler: DDIM, CFG scale: 7,5, Eta DDIM: 0,25,Seed: 1, Size: 64x72"
+    found = read_parameters(f"a ball\n{line}", SD15)
+    assert found.ignored == ()
+    assert (found.fields["guidance_scale"], found.fields["eta"]) == (7.5, 0.25)
+    assert (found.fields["seed"], found.fields["width"], found.fields["steps"]) == (1, 64, 20)
 
 
 def test_weighted_words_are_listed_and_stay_in_the_prompt():
@@ -349,7 +359,7 @@ def test_sampler_names_of_older_and_other_programs_are_read(line, expected):
     assert read.fields["sampler"] == expected
 
 
-def test_lines_of_windows_and_sizes_with_blanks_are_read():
+def test_windows_line_ends_and_sizes_with_blanks_are_read():
     text = "a ball\nNegative prompt: bad\nSteps: 20, Sampler: Euler, Seed: 1, Size: 64 x 72"
     read = read_parameters(text.replace("\n", "\r\n"), SD15)
     assert (read.prompt, read.negative_prompt, read.ignored) == ("a ball", "bad", ())

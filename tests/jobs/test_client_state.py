@@ -135,7 +135,7 @@ def test_other_servers_are_notified_of_changed_keys(servers, clock):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The clock by which keys and sessions age, which stands still: a list with the time."""
+    """Stop the clock that ages keys and sessions; return a list with its time in seconds."""
     time_s = [1000.0]
     stopped = SimpleNamespace(monotonic=lambda: time_s[0])
     monkeypatch.setattr("fidelora.jobs.client_tables.time", stopped)

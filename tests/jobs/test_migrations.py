@@ -153,7 +153,7 @@ def test_a_database_of_a_newer_version_is_refused(tmp_path):
 
 @pytest.mark.parametrize("server", ["sqlite", "postgresql"])
 def test_workers_leave_jobs_of_newer_versions(server, request, tmp_path):
-    """In each order of preference: loaded adapters, matching jobs, retries, the head."""
+    """Each rule of the queue skips them: loaded adapters, matching jobs, retries, the head."""
     url = f"sqlite:///{tmp_path}/jobs.sqlite"
     if server == "postgresql":
         url = request.getfixturevalue("postgres_url")

@@ -122,7 +122,7 @@ def test_clients_on_several_connections_claim_each_job_once(store, postgres_url)
 @pytest.mark.parametrize("is_analyzed", [False, True])
 @pytest.mark.parametrize("status", ["in_queue", "succeeded"])
 def test_a_claim_reads_few_of_the_jobs(store, postgres_url, status, is_analyzed):
-    """Also the claim of a worker whose adapters no job needs, and the claim from an empty queue."""
+    """This includes claims for adapters that no job needs, and claims from an empty queue."""
     store.add(job(A))
     engine = open_database(postgres_url)
     columns = "epoch, cancel_requested, document_format, document, version, owner, adapters"
@@ -141,7 +141,7 @@ def test_a_claim_reads_few_of_the_jobs(store, postgres_url, status, is_analyzed)
         assert store.claim("worker", None, LEASE_S) is not None
         assert store.claim("worker", None, LEASE_S) is not None
     for loaded, merged in [((A, B), B), ((B,), A), ((A,), C), ((C,), C)]:
-        # Two jobs are due, or first in the queue, and each loaded set has up to eight.
+        # Each subquery reads a few jobs: due ones, first ones, and up to eight with the adapters.
         assert rows_of_claim(engine, loaded, merged) < 100
     engine.dispose()
 
@@ -236,12 +236,12 @@ def test_a_new_job_wakes_as_many_idle_workers_as_there_are_jobs(store):
     assert store.claim("home", None, LEASE_S, loaded={A, B}).id == added[0].id
     store.add(job(A, B))
     until(lambda: len(wakes) == 5)
-    assert wakes[4] == ["empty", "other"], "a worker with a job cannot take another one"
+    assert wakes[4] == ["empty", "other"], "a worker with a job was woken"
     for name in ("empty", "other"):
         store.claim(name, None, LEASE_S)
     store.add(job(A))
     until(lambda: len(wakes) == 6)
-    assert wakes[5] is None, "each worker looks for the job as soon as it is free"
+    assert wakes[5] is None, "workers were woken by name although none is idle"
 
 
 def test_a_new_job_wakes_all_workers_if_their_names_are_too_long(store):
@@ -280,7 +280,7 @@ def proxy(postgres_url):
 
 
 class HangingProxy:
-    """Forwards connections to PostgreSQL, and on request nothing more.
+    """Forwards connections to PostgreSQL, and can stop forwarding while they stay open.
 
     Attributes:
         port: port on 127.0.0.1.

@@ -80,7 +80,7 @@ def test_a_released_retry_is_still_a_retry(store):
     assert claims == [fresh.id, retry.id]
 
 
-def test_positions_agree_for_retries_and_several_owners(store):
+def test_positions_are_the_order_of_claims_for_retries_and_owners(store):
     retry, *_ = [store.add(job(owner=owner)) for owner in ("", "a", "a", "b")]
     abandoned(store, NOW)
     ids = [each.id for each in store.list().jobs]

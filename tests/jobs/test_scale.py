@@ -21,7 +21,7 @@ def test_64_workers_read_half_as_often_with_1000_loras():
     assert max(ours.waits) <= max(fifo.waits)
 
 
-def test_no_policy_reads_a_single_lora_twice():
+def test_with_one_lora_each_worker_reads_it_at_most_once():
     for policy in POLICIES:
         for case in QUICK:
             made = simulate(Case(case.workers, 1, case.load, case.seconds), policy)

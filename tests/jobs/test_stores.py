@@ -310,10 +310,10 @@ def test_a_job_needs_a_recipe_and_an_aware_time():
         new_job((Recipe(prompt=""),), datetime(2026, 1, 1))
 
 
-def test_the_format_is_raised_with_new_fields_and_models():
+def test_new_recipe_fields_and_models_need_a_new_document_format():
     """Workers of older versions cannot read a new field of a recipe, or make a new model's images.
 
-    If this fails, raise `DOCUMENT_FORMAT` and write the new digest down here.
+    If this fails, increase `DOCUMENT_FORMAT` by one, and put the new digest here.
     """
     fields = sorted({one.name for kind in (Recipe, AdapterRef) for one in dataclasses.fields(kind)})
     words = [*fields, *sorted(all_families())]

@@ -131,7 +131,7 @@ def refusal(
 ) -> AdapterError:
     with pytest.raises(AdapterError) as caught:
         fetch(site, target, url, rules, **given)
-    assert not target.exists(), "nothing is left"
+    assert not target.exists(), "a file is left"
     text = str(caught.value)
     assert text.endswith(".")
     assert TOKEN not in text

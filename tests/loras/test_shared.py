@@ -156,6 +156,20 @@ def test_files_that_an_operator_puts_into_the_bucket_are_used(bucket, tmp_path):
     assert adapter_names(tmp_path / "1") == ["local.safetensors"]
 
 
+def test_objects_whose_names_no_file_can_have_are_left_out(bucket, tmp_path, caplog):
+    """A single object must not keep servers from starting and requests from their LoRAs."""
+    for name in ("a.safetensors", "a.safetensors/b.safetensors", "z.safetensors"):
+        bucket.put(f"loras/{name}", CONTENT)
+    for part in ("n" * 250, "\u00e4" * 125):
+        bucket.put(f"loras/{part}.safetensors", CONTENT)
+        bucket.put(f"loras/{part}safetensors/x.safetensors", CONTENT)
+    uploads = server(bucket, tmp_path / "1")
+    for _ in range(2):
+        uploads.refresh()
+        assert adapter_names(tmp_path / "1") == ["a.safetensors", "z.safetensors"]
+    assert caplog.text.count("a.safetensors/b.safetensors") == 1
+
+
 def test_a_restarted_server_removes_copies_of_deleted_uploads(bucket, tmp_path, monkeypatch):
     server(bucket, tmp_path / "1").add(io.BytesIO(CONTENT), "x.safetensors")
     restarted = UploadFolder(tmp_path / "1", None, SharedLoras(bucket, tmp_path / "1"))

@@ -81,6 +81,6 @@ def test_the_adapter_teaches_the_trigger_word_a_new_shape(engine):
 
 
 def test_all_releases_of_transformers_read_the_text_encoder():
-    """Releases whose module names contain `text_model.` leave weights without it at random."""
+    """Releases whose module names contain `text_model.` do not load names without this prefix."""
     header = read_file_header(FOLDER / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in header.tensors)

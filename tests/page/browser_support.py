@@ -108,7 +108,7 @@ class Visitor:
         Computed as in WCAG 2.2. Disabled elements are exempt.
         """
         found = self.page.evaluate(_script("contrast.js"))
-        assert len(found) >= 10, "the texts of the page were found"
+        assert len(found) >= 10, "too few texts were found on the page"
         return [f"{ratio:.2f} {text}" for text, ratio in found if ratio < MIN_CONTRAST]
 
     def images(self, count: int) -> list[Locator]:

@@ -29,7 +29,13 @@ from fidelora.server.page.form import (
     read_seed,
     size_presets,
 )
-from fidelora.server.page.snippets import as_command, as_python, as_request, request_route
+from fidelora.server.page.snippets import (
+    as_command,
+    as_python,
+    as_request,
+    command_notes,
+    request_route,
+)
 
 NUMERICS: dict[str, Any] = {"base_model": "here", "dtype": "float32", "noise": "modern"}
 ADAPTERS = st.lists(
@@ -194,12 +200,29 @@ def test_snippets_are_quoted(recipe):
     compile(as_python(recipe, names, "png", "http://127.0.0.1:8000"), "copied", "exec")
 
 
+def test_a_command_names_files_that_the_reader_can_have():
+    adapters = (AdapterRef("a" * 64), AdapterRef("b" * 64))
+    paths = ["uploads/key-0123456789abcdef/sks.safetensors", "people/x\n.safetensors"]
+    recipe = Recipe(prompt="a", adapters=adapters, **{**NUMERICS, "base_model": "/srv/bases/v15"})
+    words = shlex.split(as_command(recipe, paths, "png"))
+    assert words[3:7] == ["--lora", "sks.safetensors:1", "--lora", "x\n.safetensors:1"]
+    assert "--base-model=BASE" in words
+    notes = command_notes(recipe, paths).splitlines()
+    assert notes[0] == "# Replace BASE by the path or hub id of the base model v15."
+    assert notes[1].startswith("# Run it in a folder with sks.safetensors, x")
+    assert len(notes) == 2
+    for base in ("fidelora:miniature", "stable-diffusion-v1-5/stable-diffusion-v1-5"):
+        known = Recipe(prompt="a", **{**NUMERICS, "base_model": base})
+        assert f"--base-model={base}" in shlex.split(as_command(known, [], "png"))
+        assert command_notes(known, []) == ""
+
+
 def test_a_prompt_that_looks_like_an_option_is_quoted():
     recipe = Recipe(prompt="--help", adapters=(AdapterRef("a" * 64),))
     assert shlex.split(as_command(recipe, ["a.safetensors"], "png"))[-2:] == ["--", "--help"]
 
 
-def test_the_prompt_that_reads_stdin_comes_from_stdin():
+def test_a_prompt_of_one_dash_is_piped_through_stdin():
     recipe = Recipe(prompt="-", adapters=(AdapterRef("a" * 64),))
     words = shlex.split(as_command(recipe, ["a.safetensors"], "png"))
     assert words[:5] == ["echo", "-", "|", "fidelora", "generate"]

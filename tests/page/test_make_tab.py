@@ -65,7 +65,7 @@ def test_moving_the_slider_changes_the_next_image(visitor):
     whole = visitor["gallery"].bounding_box()
     assert opened is not None
     assert whole is not None
-    assert opened["width"] > 0.9 * whole["width"], "an image opens in the whole gallery"
+    assert opened["width"] > 0.9 * whole["width"], "the image did not fill the gallery"
 
 
 def test_loras_are_listed_and_found_by_trigger_rank_and_step(visitor):
@@ -157,7 +157,7 @@ def test_snippets_reproduce_the_image(visitor, server, tmp_path, monkeypatch):
     assert np.array_equal(pixels(next((tmp_path / "pictures").iterdir()).read_bytes()), image)
 
     shutil.copyfile(MINIATURE_LORA, tmp_path / "sks.safetensors")
-    monkeypatch.setattr(sys, "argv", shlex.split(texts["command"]))
+    monkeypatch.setattr(sys, "argv", shlex.split(texts["command"], comments=True))
     with pytest.raises(SystemExit) as end:
         main()
     assert not end.value.code
@@ -259,7 +259,7 @@ def test_a_reload_keeps_the_images_and_the_running_job(visitor):
 
 
 def test_a_reload_keeps_the_form(visitor):
-    """Also changes that are made while an earlier change is being stored."""
+    """Changes are kept even if they are made while an earlier change is being stored."""
     held: list[Route] = []  # calls that store the form
 
     def hold(route: Route) -> None:
@@ -276,7 +276,7 @@ def test_a_reload_keeps_the_form(visitor):
         visitor.field(name).fill(value)
     visitor.field("height").focus()
     expect(visitor["preset"].locator("input")).to_have_value("Custom")
-    assert len(held) == 1, "the first change is still being stored"
+    assert len(held) == 1, "the first change was already stored"
     with visitor.page.expect_request(has_all):
         held[0].continue_()
     visitor.page.wait_for_function("localStorage['fidelora-form']?.length > 100")
@@ -340,6 +340,9 @@ def test_the_page_fits_the_width_of_a_phone(visit, scheme):
     visitor.choose("loras", "sks.safetensors", HOSTILE)
     visitor.generate("w" * 300, steps=1)
     visitor.wait_until_done()
+    image = visitor.images(1)[0].bounding_box()
+    caption = visitor["gallery"].locator(".caption-label").bounding_box()
+    assert caption["y"] >= image["y"] + image["height"] - 1  # below the image, not over it
     tops = [
         visitor[one].bounding_box()["y"]
         for one in ("generate", "progress", "gallery", "image-actions", "steps")

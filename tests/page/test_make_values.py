@@ -23,11 +23,12 @@ from fidelora.server.access import UNRESTRICTED
 from fidelora.server.page.form import LABELS, MAX_LORAS, build_request
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_tab import MakeTab
+from fidelora.server.page.match_messages import verdict
 from fidelora.server.page.match_tab import MatchTab
 from fidelora.server.page.pictures import PageFiles, Pictures
 from fidelora.server.page.request_queue import Session
 from fidelora.server.page.visitor import acting_for
-from fidelora.server.verifier import Verifier
+from fidelora.server.verifier import Outcome, Verifier
 
 EMBEDDING = GOLDEN_JOBS / "embed" / "zrkk.safetensors"
 TRIGGERS = {"a": "aaa", "b": "bbb", "c": ""}
@@ -273,6 +274,26 @@ def test_dropped_loras_are_stored_and_chosen(make, context, page_files):
     assert (context.settings.loras / "uploads" / "a.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("context", "expected"),
+    [
+        ({}, "uploads/flux.safetensors was stored. It is an adapter for FLUX.1, and this server"),
+        (
+            {"base_model": "sd15=a,flux=b"},
+            "Added uploads/a.safetensors (for Stable Diffusion 1.5).",
+        ),
+        ({"base_model": "sd15=a,flux=b"}, "Added uploads/flux.safetensors (for FLUX.1)."),
+    ],
+    indirect=["context"],
+)
+def test_the_model_of_a_dropped_lora_is_said_at_once(make, page_files, expected):
+    flux = GOLDEN_JOBS / "flux_bf16_save_f32" / "flux_bf16_save_f32.safetensors"
+    for name, source in (("a.safetensors", LORA), ("flux.safetensors", flux)):
+        shutil.copyfile(source, page_files.files / name)
+    message, _ = dropped(make, *page_files.files.glob("*.safetensors"))
+    assert expected in message
+
+
 def test_a_lora_above_the_size_limit_is_refused(make, context, page_files):
     file = page_files.files / "x.safetensors"
     with file.open("wb") as opened:
@@ -280,6 +301,18 @@ def test_a_lora_above_the_size_limit_is_refused(make, context, page_files):
     message, loras = dropped(make, file)
     assert "is too large" in message
     assert loras["value"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("run.zip", "drop the zip of a training run on the tab Match"),
+                        ("a.ckpt", "Drop a LoRA (.safetensors), or an image or video")]
+)  # fmt: skip
+def test_other_dropped_files_are_refused_with_what_to_do(make, page_files, name, words):
+    file = page_files.files / name
+    file.write_bytes(b"PK")
+    message, _ = dropped(make, file)
+    assert words in message
+    assert not file.exists()
 
 
 def test_an_image_is_not_dropped_together_with_other_files(make, page_files):
@@ -363,3 +396,21 @@ def test_the_zip_is_removed_after_its_verification(context, page_files):
     assert "cannot be unpacked" in last[0]
     assert last[-1] is None
     assert not archive.exists()
+
+
+# --- messages -----------------------------------------------------------------------------
+
+
+def test_a_failed_verification_is_shown_without_lists_of_modules():
+    line = (
+        "error: sks does not fit this Stable Diffusion 1.5 base model; 3 of 5 modules do not exist "
+        "in it: a.b, c, d and 3 more; 7 of 9 modules have the wrong shape: a has the shape [1, 2] "
+        "instead of [3, 4], b, c and 4 more. Use it with the base model that it was trained on."
+    )
+    assert html.unescape(verdict(Outcome(2, None), [line])).endswith(
+        ">sks does not fit this Stable Diffusion 1.5 base model; 3 of 5 modules do not exist in "
+        "it; 7 of 9 modules have the wrong shape. Use it with the base model that it was trained "
+        "on. The output has the details.</div>"
+    )
+    short = html.unescape(verdict(Outcome(2, None), ["error: The folder x: y is bad."]))
+    assert short.endswith(">The folder x: y is bad.</div>")

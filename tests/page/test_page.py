@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import socket
 import subprocess
@@ -10,11 +11,13 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import structlog
 from starlette.testclient import TestClient
 from tests.server.http_support import MINIMAL, client_of, context_in
 
 from fidelora.server import app as server_app
 from fidelora.server.login import COOKIE
+from fidelora.server.logs import configure_logs
 from fidelora.server.page import mount
 from fidelora.server.page.html import escape
 
@@ -184,6 +187,21 @@ def test_an_event_with_a_file_url_is_refused(client):
     )
 
 
+@pytest.mark.parametrize("up", ["", "./", "../{folder}/", "x/../", "~/"])
+def test_an_event_with_a_relative_file_is_refused(client, up, tmp_path, monkeypatch):
+    """Gradio would open any file on the machine, relative to the server's working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "private.safetensors").write_bytes(b"private")
+    path = up.format(folder=tmp_path.name) + "private.safetensors"
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    for data in ([file], [[file]], [[{"a": file}]]):
+        assert predict(client, data).status_code == 404
+        body = {"data": data, "fn_index": 0, "session_hash": "s"}
+        assert client.post("/gradio_api/queue/join", json=body).status_code == 404
+    lora = {"path": path, "network_multiplier": 1}  # in a stored form
+    assert predict(client, [lora]).status_code != 404
+
+
 @pytest.mark.parametrize(
     "target",
     [
@@ -267,6 +285,24 @@ def test_an_event_that_the_page_does_not_have_is_refused(client, event):
     for path in ("/gradio_api/queue/join", "/gradio_api/run/predict"):
         body = {"data": [], "fn_index": event, "session_hash": "s"}
         assert client.post(path, json=body).status_code == 400
+
+
+def test_failed_events_are_logged_briefly_and_once(client, capfd):
+    """Gradio would print each error to stderr, with the values of the event."""
+    root = logging.getLogger()
+    before = (root.handlers, root.level)
+    try:
+        configure_logs("json")
+        for _ in range(3):
+            body = {"data": ["A" * 100_000], "fn_index": 0, "session_hash": "s"}
+            assert client.post("/gradio_api/run/predict", json=body).status_code == 500
+        written = capfd.readouterr().err
+    finally:
+        root.handlers, root.level = before
+        structlog.reset_defaults()
+    lines = [json.loads(line) for line in written.splitlines()]
+    assert [line["event"] for line in lines].count("an event of the page failed") == 1
+    assert len(written) < 50_000
 
 
 def test_a_stream_without_a_session_is_refused(client):

@@ -88,14 +88,17 @@ def test_gradio_finds_the_request_and_the_event_data():
     assert isinstance(values[1], gr.SelectData)
 
 
-def test_a_request_that_a_body_describes_has_no_visitor():
+def test_a_caller_claimed_in_a_request_body_is_ignored():
     claimed = gr.Request(scope={"fidelora_caller": ADMIN})
     assert for_visitor(Handlers().call)(claimed, "x") == ("x", ANONYMOUS)
     assert for_visitor(Handlers().call)(request_of(None), "x") == ("x", ANONYMOUS)
 
 
 def test_every_handler_that_uses_the_store_or_loras_is_for_a_visitor(context, tmp_path):
-    """Only handlers of these names use neither; new ones have to be wrapped or named here."""
+    """The handlers listed here use neither the store nor LoRAs.
+
+    Wrap a new handler with `for_visitor`, or add its name to the list.
+    """
     page_files = PageFiles(tmp_path / "page")
     page_files.empty()
     app, _, _ = gradio_app(context, page_files, Verifier("cpu", 60, {}), "")

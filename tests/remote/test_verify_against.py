@@ -202,7 +202,7 @@ def test_another_kind_of_server_is_refused(verify):
     assert "cannot be reached" in error
 
 
-def test_against_excludes_the_doctor(verify):
+def test_the_options_against_and_doctor_cannot_be_combined(verify):
     code, _, error = verify("--against", "http://127.0.0.1:1", "--doctor")
     assert code == 2
     assert "cannot be combined" in error

@@ -43,7 +43,7 @@ DEADLINE_S = 60.0
 
 @pytest.fixture
 def folder(monkeypatch) -> Iterator[Path]:
-    """A folder for sockets whose name is short, and in which commands look for engines."""
+    """A folder with a short name for sockets, in which commands look for engines."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         monkeypatch.setenv("XDG_RUNTIME_DIR", name)
         yield Path(name)
@@ -132,7 +132,7 @@ def test_videos_keep_all_frames_beside_still_images():
     assert np.array_equal(found[1].pixels, still)
 
 
-def test_errors_keep_their_class_and_the_engine_serves_on(folder):
+def test_errors_keep_their_class_and_do_not_end_the_engine(folder):
     missing = AdapterRef("0" * 64, path=folder / "gone.safetensors")
     with serving(Engine(device="cpu"), folder / "e.sock") as resident:
         with pytest.raises(AdapterNotFoundError, match=r"gone\.safetensors does not exist"):
@@ -381,7 +381,7 @@ def test_an_engine_that_does_not_start_is_reported(folder, monkeypatch, capsys):
     monkeypatch.setenv(KEEP_VARIABLE, "5")
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert isinstance(engines.image_maker("cpu"), Engine)
-    assert "No resident engine could be started" in capsys.readouterr().err
+    assert "The resident engine did not start" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("minutes", ["soon", "-1", "nan", "inf"])

@@ -60,7 +60,7 @@ def worker(context: ServerContext) -> ManualWorker:
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Watch jobs without waiting between two looks."""
+    """Let the server poll jobs without a pause."""
     monkeypatch.setattr(job_watcher, "POLL_INTERVAL_S", 0.005)
 
 

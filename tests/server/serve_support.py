@@ -27,8 +27,8 @@ ANSWER_DEADLINE_S = 60.0
 IMAGES_DEADLINE_S = 180.0
 """Seconds to wait for one HTTP response that carries images, on a busy machine.
 
-Both are less than pytest's `faulthandler_timeout` even after `DEADLINE_S`, so that a test which
-hangs fails by itself."""
+`DEADLINE_S` plus either of these two is less than pytest's `faulthandler_timeout`, so that a
+hanging test fails by itself."""
 
 
 def until(condition: Callable[[], Any], deadline_s: float = DEADLINE_S) -> Any:

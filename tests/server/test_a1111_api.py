@@ -193,7 +193,7 @@ def test_progress_and_interrupt_concern_the_clients_own_request(url, context, wo
     api.interrupt()
     assert api.get_progress()["state"]["interrupted"]
     assert not context.store.get(foreign.id).cancel_requested, (
-        "requests of the other APIs are not interrupted"
+        "a request of another API was interrupted"
     )
     context.store.stop(job.id, job.epoch, job.created_at)
     with pytest.raises(RuntimeError, match="REQUEST_CANCELED"):
@@ -267,7 +267,7 @@ def test_keys_are_required_and_accepted_as_basic_or_bearer(tmp_path):
                 f"{url}/v1/requests", headers={"Authorization": f"Basic {basic}"}
             ).status_code
             == 401
-        ), "Basic authentication works on A1111's paths only"
+        ), "Basic authentication worked outside A1111's paths"
 
         mine, yours = (api_of(url, username="any", password=keys[name]) for name in ("me", "you"))
         waiting = in_thread(lambda: mine.txt2img(prompt="a ball"))

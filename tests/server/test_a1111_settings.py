@@ -69,7 +69,7 @@ def test_other_settings_cannot_be_changed(client):
     assert client.post("/sdapi/v1/refresh-loras").json() is None
 
 
-def test_lists_of_models_samplers_and_loras(client):
+def test_models_samplers_and_loras_are_listed_as_in_the_web_ui(client):
     samplers = client.get("/sdapi/v1/samplers").json()
     assert {
         "name": "DPM++ 2M",

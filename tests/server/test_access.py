@@ -53,7 +53,7 @@ def test_the_name_of_this_machine_in_a_container_is_explained(client):
 @pytest.mark.parametrize("peer", ["192.0.2.7", "10.0.0.1", "::ffff:192.0.2.7", "2001:db8::1", ""])
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_without_keys_other_machines_are_refused(context, peer, method):
-    """Also after the last key was removed, and whatever the headers claim."""
+    """This holds after the last key was removed, too, and the headers make no difference."""
     client = client_of(context, client=(peer, 50000))
     key = context.keys.add("one")
     bearer = {"Authorization": f"Bearer {key}"}

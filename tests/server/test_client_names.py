@@ -1,5 +1,5 @@
-"""Names that a client chooses and no file can have: always an error of the client, never of the
-server."""
+"""Names in requests that no file can have are always an error of the client (4xx), never of the
+server (5xx)."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_names_in_images_and_recipes_are_refused(client, name):
     assert refused(client.post("/v1/replay", json={"parameters": text}))
     text = f"a\nSteps: 2, Sampler: {name}, Seed: 1, Size: 64x64"
     ignored = client.post("/v1/replay", json={"parameters": text})
-    assert ignored.status_code == 200, "an unknown sampler is reported and not used"
+    assert ignored.status_code == 200, "the image was refused because of its sampler"
     answer = client.post("/v1/replay", files={"image": (name, b"no image")})
     assert refused(answer)
     answer = client.post("/v1/replay", files={"image": (name, png_with_parameters())})

@@ -191,7 +191,7 @@ def test_a_request_is_parsed_in_small_parts(short_timeouts, monkeypatch):
     assert max(map(len, parts)) <= connections.READ_BYTES
 
 
-def test_whole_requests_are_answered_also_on_the_same_connection(short_timeouts):
+def test_several_requests_on_one_connection_are_answered(short_timeouts):
     async def twice(port: int) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         answers = b""
@@ -202,6 +202,15 @@ def test_whole_requests_are_answered_also_on_the_same_connection(short_timeouts)
         return answers
 
     assert asyncio.run(with_server(twice)).count(b"204") == 2
+
+
+def test_a_request_with_two_lengths_is_the_last_of_its_connection():
+    """Otherwise, the second request could pass a proxy unseen (request smuggling)."""
+    smuggled = (
+        b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"0\r\n\r\n" + REQUEST + b"1234"
+    )
+    assert asyncio.run(with_server(lambda port: talk(port, smuggled))).count(b"204") == 1
 
 
 def test_connections_over_the_limit_are_closed_at_once(short_timeouts, monkeypatch):

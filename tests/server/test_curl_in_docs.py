@@ -57,12 +57,15 @@ def test_one_command_writes_a_png_file(tiny_server, tmp_path, page):
 
 def test_the_command_writes_no_image_if_the_request_is_refused(tiny_server, tmp_path):
     script = commands(PAGES[1], "base64 -d").replace("sks.safetensors", "missing.safetensors")
-    assert "error: 4" in run(tiny_server, script, tmp_path)
-    assert (tmp_path / "grass.png").read_bytes() == b""
+    assert "'missing.safetensors' is not in the adapter folder" in run(
+        tiny_server, script, tmp_path
+    )
+    assert not (tmp_path / "grass.png").exists()
 
 
 def test_an_unfinished_image_is_not_written_to_a_file(tiny_server, tmp_path):
-    fetch = commands(PAGES[0], "REQUEST_ID").splitlines()[-1].replace("REQUEST_ID", "0" * 32)
-    assert fetch.startswith("curl -fo bicycle.png")
-    assert "error: 404" in run(tiny_server, fetch, tmp_path)
+    block = commands(PAGES[0], "REQUEST_ID").replace("REQUEST_ID", "0" * 32)
+    fetch = "\n".join(block.splitlines()[-2:])
+    assert fetch.startswith("curl -s --fail-with-body -o bicycle.png")
+    assert "REQUEST_NOT_FOUND" in run(tiny_server, fetch, tmp_path)
     assert not (tmp_path / "bicycle.png").exists()

@@ -19,7 +19,7 @@ from fidelora.jobs.store import WorkerState
 from fidelora.recipe import file_sha256
 
 
-def test_health_and_models(client):
+def test_the_models_and_the_health_of_the_server_are_returned(client):
     assert client.get("/health").json() == {"status": "healthy"}
     assert [client.head(path).status_code for path in ("/health", "/ready")] == [200, 200]
     answer = client.get("/v1/models").json()
@@ -41,7 +41,7 @@ def test_health_and_models(client):
     }
 
 
-def test_a_request_from_its_acceptance_to_its_image(client, worker, context):
+def test_a_request_is_followed_from_its_acceptance_to_its_image(client, worker, context):
     answer = client.post("/v1/inference", json=MINIMAL).json()
     request_id = answer["request_id"]
     url = f"http://127.0.0.1:8000/v1/requests/{request_id}"
@@ -117,6 +117,23 @@ def test_a_failure_has_a_message(client, worker):
     for part in ("status", "result"):
         answer = client.get(f"/v1/requests/{request_id}/{part}").json()
         assert (answer["status"], answer["error"]) == ("failed", "The model produced NaN.")
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (with_prompt(wdth=5), "prompts[0].wdth does not exist; the field is called width."),
+        (MINIMAL | {"fidelty": "fast"}, "fidelty does not exist; the field is called fidelity."),
+        (MINIMAL | {"steps": 5}, "sd15 does not support steps; leave it out."),
+        (
+            MINIMAL | {"loras": []},
+            "At least one LoRA is required. POST /v1/images/generations needs none.",
+        ),
+    ],
+)
+def test_a_refused_request_says_what_to_send_instead(client, body, message):
+    answer = client.post("/v1/inference", json=body)
+    assert answer.json()["detail"]["error"]["message"] == message
 
 
 @pytest.mark.parametrize(
@@ -238,7 +255,7 @@ def test_a_request_can_name_the_kind_of_device(context, client):
     assert refused.status_code == 422
 
 
-def test_defaults_seeds_and_the_trigger_of_a_prompt(client, context):
+def test_prompts_have_defaults_and_can_set_seed_and_trigger_word(client, context):
     prompts = [
         {"prompt": "[trigger]"},
         {"prompt": "[trigger]", "trigger_word": "xyz", "seed": 7, "width": 519},
@@ -268,7 +285,7 @@ def test_noise_matches_the_trainer_of_the_lora(client, context, tmp_path):
     assert (old.noise, new.noise) == ("legacy", "modern")
 
 
-def test_several_loras_and_a_multiplier_for_each_prompt(client, context):
+def test_each_prompt_can_have_its_own_multipliers_of_the_loras(client, context):
     (context.settings.loras / "b.safetensors").write_bytes(LOKR.read_bytes())
     loras = [{"path": "sks.safetensors", "network_multiplier": 0.5}, {"path": "b.safetensors"}]
     prompts = [{"prompt": "a"}, {"prompt": "b", "network_multiplier": [1.5, -1]}]

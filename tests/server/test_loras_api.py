@@ -44,6 +44,20 @@ def test_loras_are_listed_with_their_header_data(client, context):
     assert rest["next_cursor"] is None
 
 
+def test_a_lora_of_another_family_is_reported_at_once(client):
+    flux = GOLDEN_JOBS / "flux_bf16_save_f32" / "flux_bf16_save_f32.safetensors"
+    body = upload(client, flux.read_bytes(), "flux.safetensors").json()
+    (problem,) = body["problems"]
+    assert body["models"] == []
+    assert problem.startswith("It is an adapter for FLUX.1, and this server has no such base model")
+    assert "`--base-model flux=BASE`" in problem
+    assert "FIDELORA_BASE_MODEL" in problem
+    listed = {one["path"]: one for one in client.get("/v1/loras").json()["loras"]}
+    assert listed["uploads/flux.safetensors"]["problems"] == [problem]
+    sks = listed["sks.safetensors"]
+    assert (sks["models"], sks["problems"]) == (["sd15"], [])
+
+
 def test_an_embedding_is_listed_and_used(client, context):
     content = (GOLDEN_JOBS / "embed" / "zrkk.safetensors").read_bytes()
     listed = upload(client, content, "zrkk.safetensors").json()
@@ -54,6 +68,22 @@ def test_an_embedding_is_listed_and_used(client, context):
     assert (ref.word, ref.multiplier) == ("zrkk", 1)
     half = [{"path": "uploads/zrkk.safetensors", "multiplier": 0.5}]
     assert client.post("/v1/inference", json=MINIMAL | {"loras": half}).status_code == 400
+
+
+def test_an_upload_can_be_named_without_its_folder(client, context):
+    upload(client, LOKR.read_bytes())
+    request_id = submit(client, MINIMAL | {"loras": [{"path": "new.safetensors"}]})
+    (ref,) = context.store.get(request_id).recipes[0].adapters
+    assert (ref.name, ref.sha256) == ("new", file_sha256(LOKR))
+    (context.settings.loras / "more").mkdir()
+    (context.settings.loras / "more" / "new.safetensors").write_bytes(LORA.read_bytes())
+    answer = client.post("/v1/inference", json=MINIMAL | {"loras": [{"path": "new.safetensors"}]})
+    assert error(answer) == (400, "LORA_NOT_FOUND")
+    message = answer.json()["detail"]["error"]["message"]
+    assert "use one of the paths more/new.safetensors, uploads/new.safetensors" in message
+    # A file in the folder itself has this path, whatever the other folders contain.
+    (context.settings.loras / "new.safetensors").write_bytes(LORA.read_bytes())
+    submit(client, MINIMAL | {"loras": [{"path": "new.safetensors"}]})
 
 
 def test_an_upload_is_used_and_deleted(client, context, worker):

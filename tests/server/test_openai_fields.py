@@ -118,13 +118,13 @@ def test_unsupported_fields_are_rejected_by_name(client, context, fields, param)
         ),
     ],
 )
-def test_fields_that_contradict_each_other(client, fields, message):
+def test_fields_that_contradict_each_other_are_refused(client, fields, message):
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(prompt="a ball", **fields)
     assert caught.value.response.json()["error"]["message"].startswith(message)
 
 
-def test_a_model_has_the_names_that_clients_cannot_change(client, context, worker):
+def test_fixed_model_names_of_clients_are_mapped_to_models(client, context, worker):
     with jobs_succeeding(worker):
         client.images.generate(model="dall-e-3", prompt="a ball", style="vivid")
     assert only_job(context).recipes[0].model == "sd15"

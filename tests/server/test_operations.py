@@ -11,7 +11,7 @@ from fidelora.jobs.store import WorkerState
 from fidelora.server.app import clean
 
 
-def test_metrics_count(client, context):
+def test_metrics_count_requests_attempts_and_responses(client, context):
     from fidelora.workers.attempt import AttemptReport
 
     submit(client)

@@ -196,7 +196,7 @@ def test_clients_of_openai_make_an_image(client, context, body):
     assert context.store.list().jobs[0].recipes[0].model == "sd15"
 
 
-def test_a_model_that_a_client_has_fixed_is_named_with_the_setting(tmp_path):
+def test_the_error_for_an_unmapped_model_names_the_setting(tmp_path):
     client = client_of(context_in(tmp_path))
     body = {"model": "dall-e-3", "prompt": "a ball"}
     answer = client.post("/v1/images/generations", json=body)

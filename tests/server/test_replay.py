@@ -92,7 +92,7 @@ def test_parameters_with_lone_surrogates_are_cleaned(client, context, value):
 
 
 def test_a_replayed_file_is_identical(tiny_server: Server, tmp_path):
-    """For each image format; the LoRAs are named differently in the request and the recipe."""
+    """Test each image format, with LoRAs named differently in the request and the recipe."""
     with Client(tiny_server.url) as client:
         for image_format in ("png", "jpeg", "webp"):
             made = client.generate(
@@ -183,7 +183,9 @@ def test_the_job_has_the_images_recipe_and_format(client, context, image_format,
     assert job.recipes == (RECIPE,)
     assert [ref.name for ref in job.recipes[0].adapters] == [LORA.stem]
     assert (job.image_format, job.image_quality) == (image_format, quality)
-    assert context.cache.path(SKS.sha256).is_file(), "workers find adapters by hash only"
+    assert context.cache.path(SKS.sha256).is_file(), (
+        "the adapter is not in the cache, where workers look for its hash"
+    )
     assert body["recipe"] == RECIPE.to_dict()
     assert body["status_url"].endswith(f"/v1/requests/{job.id}/status")
 
@@ -294,7 +296,7 @@ def test_another_base_model_of_the_same_name_is_rejected(local_client):
 
 
 def test_a_worker_compares_a_base_model_that_only_the_image_identifies(client, context):
-    """The server does not know the content of a base model on the hub."""
+    """The server has no hash of a base model on the hub; the worker computes it."""
     body = send(client, image_of(replace(RECIPE, base_sha256=TINY_SHA256))).json()
     (recipe,) = context.store.get(body["request_id"]).recipes
     assert (recipe.base_model, recipe.base_sha256) == ("tiny", TINY_SHA256)
@@ -318,11 +320,11 @@ def test_adapters_are_found_by_content_and_in_the_cache(client, context):
     )
     assert send(client, image_of()).status_code == 200
     (context.settings.loras / "other.safetensors").unlink()
-    assert send(client, image_of()).status_code == 200, "they are in the cache"
+    assert send(client, image_of()).status_code == 200, "the adapters were not found in the cache"
     shutil.copyfile(LORA_CONV, context.settings.loras / f"{LORA.stem}.safetensors")
     context.cache.path(SKS.sha256).unlink()
     assert error(send(client, image_of()))[1] == "LORA_BYTES_MISSING", (
-        "another file of the same name is not used"
+        "another file of the same name was used"
     )
 
 

@@ -93,7 +93,7 @@ def test_documented_request_makes_the_command_lines_image(start, data):
         256,
         42,
     )
-    assert file.stat().st_mode & 0o044, "other users may read it, like any file"
+    assert file.stat().st_mode & 0o044, "other users cannot read the file"
     assert server.terminate() == 0
 
     out = data / "cli.png"
@@ -230,7 +230,7 @@ def test_a_worker_that_is_killed_costs_an_attempt(tiny_server):
     )
     for child in children.stdout.split():
         os.kill(int(child), signal.SIGKILL)
-    until(lambda: server.status(request_id)["status"] == "in_queue", 5)
+    until(lambda: server.status(request_id)["status"] == "in_queue")
     until(lambda: server.status(request_id)["status"] == "in_progress")
     server.call(f"/v1/requests/{request_id}", method="DELETE")
     server.wait(request_id, "canceled")
@@ -276,7 +276,7 @@ def test_unusable_settings_end_the_start_with_an_error(
     assert words in last
 
 
-def test_one_server_for_each_data_folder(tiny_server, data):
+def test_a_data_folder_and_a_port_have_only_one_server(tiny_server, data):
     code, last = refused(tiny_server.data, "--base-model", str(TINY_BASE))
     assert (code, "Another server uses the data folder" in last) == (2, True)
     port = tiny_server.url.rsplit(":", 1)[1]
@@ -311,7 +311,7 @@ def test_ready_reports_a_base_model_that_cannot_be_loaded(start, data):
     )
 
 
-def test_api_keys_on_the_command_line(fidelora, data, monkeypatch):
+def test_api_keys_are_managed_on_the_command_line(fidelora, data, monkeypatch):
     monkeypatch.setenv("FIDELORA_DATA_DIR", str(data))
 
     def keys(*arguments: str) -> str:

@@ -21,7 +21,7 @@ def nothing_set(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def test_defaults(tmp_path):
+def test_settings_have_their_documented_defaults(tmp_path):
     settings = read_settings()
     data = tmp_path / ".local" / "share" / "fidelora"
     assert (settings.host, settings.port, settings.device, settings.offload) == (
@@ -40,7 +40,7 @@ def test_defaults(tmp_path):
     assert settings.lora_hosts == frozenset()
 
 
-def test_the_documented_names(monkeypatch):
+def test_every_documented_name_sets_its_setting(monkeypatch):
     given = {
         "HOST": "::1",
         "PORT": "9000",
@@ -82,14 +82,14 @@ def test_the_documented_names(monkeypatch):
     assert "hf_x" not in repr(settings)
 
 
-def test_older_name_of_offload_mode(monkeypatch):
+def test_offload_mode_precedes_its_older_name(monkeypatch):
     monkeypatch.setenv("ENABLE_CPU_OFFLOAD", "true")
     assert read_settings().offload == "model"
     monkeypatch.setenv("OFFLOAD_MODE", "none")
     assert read_settings().offload == "none"
 
 
-def test_precedence_of_command_line_environment_and_file(monkeypatch, tmp_path):
+def test_the_command_line_precedes_the_environment_and_the_file(monkeypatch, tmp_path):
     (tmp_path / ".env").write_text("PORT=1\nHOST=10.0.0.1\nDEVICE=cpu\nSOMETHING_ELSE=1\n")
     monkeypatch.setenv("PORT", "2")
     monkeypatch.setenv("HOST", "10.0.0.2")

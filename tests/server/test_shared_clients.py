@@ -106,7 +106,9 @@ def test_a_login_without_the_database_is_a_temporary_error(contexts, postgres: P
 # --- the command line ---------------------------------------------------------------------------
 
 
-def test_keys_of_the_database_on_the_command_line(fidelora, postgres_url, tmp_path, monkeypatch):
+def test_keys_of_the_database_are_managed_on_the_command_line(
+    fidelora, postgres_url, tmp_path, monkeypatch
+):
     monkeypatch.setenv("FIDELORA_DATA_DIR", str(tmp_path))
     store = ("--store", postgres_url)
     code, key, _ = fidelora("keys", "add", "web", *store)

@@ -138,7 +138,7 @@ def test_openais_api_makes_still_images():
 # --- results ------------------------------------------------------------------------------------
 
 
-def test_images_and_videos_of_one_request(server, tmp_path):
+def test_a_request_can_return_images_and_videos(server, tmp_path):
     body = body_of({"num_frames": 1}, {"num_frames": 5, "fps": 8}, {"num_frames": 1, "seed": 5})
     request_id = server.ask(body)
     assert server.wait(request_id, "succeeded", "failed")["status"] == "succeeded"

@@ -126,7 +126,7 @@ def test_a_server_that_stops_answering_is_given_up(own_object_store, monkeypatch
         ("s3://my.bucket-1/a/b/", ("my.bucket-1", "a/b")),
     ],
 )
-def test_urls_of_buckets(url, parts):
+def test_the_url_of_a_bucket_contains_its_name_and_a_prefix(url, parts):
     assert bucket_and_prefix(url) == parts
 
 

@@ -11,7 +11,7 @@ RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (64, 72, 3), np.uint8)
 
 
-def test_one_level_in_one_channel_of_one_pixel():
+def test_one_level_in_one_channel_of_one_pixel_is_a_difference():
     other = IMAGE.copy()
     other[3, 4, 1] ^= 1
     found = compare(other, IMAGE)

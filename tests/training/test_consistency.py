@@ -26,7 +26,7 @@ def samples(
     signal: DifferenceImage | None = None,
     size: float = 1.0,
 ) -> list[Differences]:
-    """Return samples whose trainer's differences are noise of this size plus `signal`."""
+    """Return samples; the difference of the trainer's image is noise of this size plus `signal`."""
     extra = np.zeros(SHAPE, np.float32) if signal is None else signal
     return [
         Differences(noise(random, size) + extra, tuple(noise(random) for _ in range(DRAWS)))
@@ -108,11 +108,17 @@ def test_identical_draws_do_not_fail(random):
 
 
 def rounded(random: np.random.Generator, setting: DifferenceImage, count: int = DRAWS):
-    """Return synthetic differences of images with rounding errors of their own, of mean square 1.
+    """Return the synthetic differences of a sample whose images have independent rounding errors.
+
+    The mean square of the errors is 1.
+
+    Args:
+        setting: change of the trainer's image by a setting that differs from the configuration.
+        count: number of draws.
 
     Returns:
-        The sample, made with the setting `setting` away from the configuration's, and the change
-        of the setting by 1, as a single image (with its errors and the replayed image's).
+        The differences of the trainer's image and of the draws from the replayed image, and the
+        rounding errors of the replayed image.
     """
     center = fine_noise(random)
     draws = tuple((fine_noise(random) - center).astype(np.float32) for _ in range(count))

@@ -131,8 +131,8 @@ def test_converted_samples_are_noted(folder):
 
 def test_the_folder_above_and_the_folder_inside_are_recognised(folder):
     shutil.copytree(folder, folder.parent / "second")
-    assert f"folders in it have one: {NAME}, second; set one of them" in problem(folder.parent)
-    assert f"the folder of its samples; set {folder}." in problem(folder / "samples")
+    assert f"folders in it have one: {NAME}, second; give one of them" in problem(folder.parent)
+    assert f"the folder of its samples; give {folder}." in problem(folder / "samples")
 
 
 @pytest.mark.parametrize("name", ["config.yaml", f"{NAME}.safetensors"])

@@ -57,7 +57,9 @@ def test_every_cell_has_its_recipe():
     assert found[0, 0].adapters == ()
     assert [found[1, across].adapters[0].multiplier for across in (1, 2)] == [0.5, 1]
     sample = plan_samples(RUN, 8)[1].recipe
-    assert found[1, 2] == replace(sample, history=()), "the sample, without earlier rounds"
+    assert found[1, 2] == replace(sample, history=()), (
+        "the cell differs from its sample, apart from earlier rounds"
+    )
     with pytest.raises(TrainingRunError, match="choose fewer"):
         list(iterate_cells(RUN, rows, columns * MAX_IMAGES))
 
@@ -82,7 +84,7 @@ def test_the_sheet_shows_every_image_completely_and_in_position():
         assert (bottom - top, right - left) == (
             shapes[position[0]][0] * 4,
             shapes[position[0]][1] * 4,
-        ), "enlarged by a whole factor"
+        ), "the image was not enlarged by the factor 4"
     dark = sheet.max(axis=2) < 30
-    assert dark[:60].any(), "column labels"
-    assert dark[70:, :190].any(), "row labels"
+    assert dark[:60].any(), "there are no column labels"
+    assert dark[70:, :190].any(), "there are no row labels"

@@ -69,7 +69,9 @@ def test_weights_drift_as_in_the_trainer(tmp_path, multiplier):
     expected = trainers_weight(pristine, rounds, (paths[2], multiplier), NAME)
     assert torch.equal(target.weight, expected)
     base.merged.apply([(last, multiplier)])
-    assert not torch.equal(target.weight, expected), "the history has to matter"
+    assert not torch.equal(target.weight, expected), (
+        "the history does not change the weight, so this test cannot fail"
+    )
     base.merged.apply([])
     assert torch.equal(target.weight, pristine)
 
@@ -107,8 +109,8 @@ def make_run(tmp_path: Path) -> Callable[..., TrainingRun]:
     def make(first: int = 0, *, are_compared: bool = True, **changes: Any) -> TrainingRun:
         """Make the last samples as the trainer does if it was started after step `first`.
 
-        The other samples are placeholders, because only their names matter. The last ones are
-        placeholders, too, if no samples `are_compared`.
+        The other samples are placeholders, because only their names matter. Unless `are_compared`,
+        the last ones are placeholders, too.
         """
         folder = Path(shutil.copytree(GOLDEN_JOBS / "checkpoints_jpg", tmp_path / "run"))
         document = yaml.safe_load((folder / "config.yaml").read_text())

@@ -40,8 +40,8 @@ def test_samples_with_other_settings_are_grouped_by_the_changed_one():
     assert "[trigger]" in grouped["trigger"][0].recipe.prompt
 
 
-def test_values_of_a_setting_are_changed_apart():
-    """A mistake in the sample block changes the samples without a value of their own only."""
+def test_each_value_of_a_setting_is_changed_separately():
+    """A mistake in the sample block affects only the samples without a value of their own."""
     run = read_run(GOLDEN_JOBS / "checkpoints_jpg")
     scales = [2.5, 6.0, 3.5, 6.0, 4.5, 6.0]
     items = tuple(replace(run.samples[0], guidance_scale=scale) for scale in scales)
@@ -109,7 +109,7 @@ def test_draws_in_half_precision_share_batches(dtype, widths, batches):
 
 
 class NoisyEngine(RecordingEngine):
-    """Makes gray images with noise, which is much stronger in every fourth draw after the first."""
+    """Makes gray images with noise, much stronger in every fourth draw after the first `DRAWS`."""
 
     def _images(self, recipes):
         number = len(self.batches)

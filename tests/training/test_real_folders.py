@@ -150,7 +150,7 @@ def test_first_samples_are_verified_with_their_block(folder, engine):
 
 @pytest.mark.timeout(600)
 def test_the_golden_first_sample_matches_its_block(engine):
-    """On a processor like the trainer's; on others, bfloat16 samples are only close to it."""
+    """The pixels are equal on a processor like the trainer's, and in bfloat16 close on others."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the trainer
     try:
@@ -187,13 +187,13 @@ def seeds_of(run: TrainingRun) -> list[int | None]:
     ],
 )  # fmt: skip
 def test_a_seed_of_minus_1_is_random(folder, sample, seeds):
-    """The trainer draws it before it parses flags, and walk_seed is added before."""
+    """The trainer adds the index (walk_seed), then draws a seed for -1, then parses flags."""
     items = [{"prompt": prompt} for prompt in "abc"]
     assert seeds_of(run_of(folder, sample=SMALL | {"samples": items} | sample)) == seeds
 
 
 def test_torch_uses_the_lowest_32_bits_of_a_seed():
-    """Seeds out of a recipe's range are replaced by the seed with the same bits."""
+    """Seeds out of a recipe's range are replaced by their lowest 32 bits."""
     for seed in (-3, 2**64 - 3):
         numbers = [
             torch.randn(8, generator=torch.Generator("cpu").manual_seed(one))

@@ -269,12 +269,12 @@ def test_a_missing_folder_is_rejected(tmp_path):
 
 def test_a_file_is_rejected(tmp_path):
     (tmp_path / "config.yaml").write_text("")
-    with pytest.raises(TrainingRunError, match=r"config\.yaml is a file; set the output folder"):
+    with pytest.raises(TrainingRunError, match=r"config\.yaml is a file; give the output folder"):
         read_run(tmp_path / "config.yaml")
 
 
 def test_a_folder_without_configuration_is_rejected(folder):
-    with pytest.raises(TrainingRunError, match=r"style has no config\.yaml; set the output folder"):
+    with pytest.raises(TrainingRunError, match=r"has no config\.yaml; give the output folder"):
         read_run(folder)
 
 

@@ -47,7 +47,7 @@ def suspects_of(run: TrainingRun, step: int, index: int = 0, *, first: bool = Fa
     return plan.recipe, found
 
 
-def test_the_rounds_of_step_0_are_suspected_of_each_other(run_of):
+def test_each_round_of_step_0_has_the_other_one_as_suspect(run_of):
     run = run_of("first_sample_block")
     ordinary, found = suspects_of(run, 0)
     first, found_first = suspects_of(run, 0, first=True)
@@ -57,7 +57,7 @@ def test_the_rounds_of_step_0_are_suspected_of_each_other(run_of):
     assert "first_sample" not in suspects_of(run, 2)[1]
 
 
-def test_a_changed_base_model_and_precision_stay(run_of):
+def test_suspects_keep_a_replaced_base_model_and_precision(run_of):
     run = run_of("first_sample_block")
     plan = plan_samples(run, 0, base_model="elsewhere")[0]
     plan = replace(plan, recipe=replace(plan.recipe, dtype="float16"))
@@ -77,7 +77,7 @@ def test_prompts_encoded_once_or_again_are_suspected(run_of, unloads, second):
     assert str(not unloads).lower() in suspect.fix
 
 
-def test_first_samples_are_suspected_of_prompts_encoded_once(run_of):
+def test_prompts_encoded_once_are_a_suspect_of_first_samples(run_of):
     def change(process: dict[str, Any]) -> None:
         process["first_sample"]["samples"] = [{"prompt": "another prompt"}]
 

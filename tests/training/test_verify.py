@@ -80,7 +80,7 @@ def checked(
     ids=lambda folder: folder.name,
 )
 def test_exact_samples_are_replayed_exactly(engine, folder):
-    """On a processor like the trainer's; on others, float32 samples are within rounding.
+    """The pixels are equal on a processor like the trainer's; others may round differently.
 
     The pixels of all golden runs are compared in test_goldens.py.
     """
@@ -127,7 +127,7 @@ def test_a_wrong_setting_is_a_mismatch_despite_lost_digits(engine, copy):
 # --- steps to check -------------------------------------------------------------------------------
 
 
-def test_the_steps_that_can_be_checked():
+def test_steps_with_samples_and_weights_can_be_checked():
     run = read_run(GOLDEN_JOBS / "checkpoints_jpg")
     assert steps_to_check(run, "all") == [0, 2, 4, 6, 8]
     assert steps_to_check(run, "last") == [8]
@@ -139,7 +139,7 @@ def test_the_steps_that_can_be_checked():
         steps_to_check(run, "first")
 
 
-def test_partial_folders(copy):
+def test_steps_without_samples_or_weights_are_named_and_left_out(copy):
     folder = copy(GOLDEN_JOBS / "checkpoints_jpg")
     (folder / "checkpoints_jpg_000000004.safetensors").unlink()
     for path in (folder / "samples").glob("*_000000006_*"):

@@ -93,7 +93,7 @@ def test_a_checkpoint_has_the_sha256_of_its_file(path, tmp_path):
     other_vae = BaseFiles.find(SD15, str(checkpoint), decoder=str(TINY_BASE))
     assert hashes.sha256_of(plain) == sha256(checkpoint)
     found = {hashes.sha256_of(files) for files in (plain, configured, other_vae)}
-    assert len(found) == 3, "other configurations and another VAE make other images"
+    assert len(found) == 3, "another configuration or VAE gives the same hash"
 
 
 def test_files_are_read_once_until_they_change(path, tmp_path, hashed):

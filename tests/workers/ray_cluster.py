@@ -5,7 +5,7 @@
 Runs in a network namespace of its own, because Ray replaces 127.0.0.1 by another address of the
 machine if there is one. Prints one line of JSON per command from stdin: `start` and the arguments
 of `fidelora worker` start a process in the namespace, `stop PROCESS_ID` sends SIGTERM and waits for
-it, and `raylet` adds a raylet. The cluster ends with stdin.
+it, and `raylet` adds a raylet. The cluster ends when stdin is closed.
 """
 
 from __future__ import annotations

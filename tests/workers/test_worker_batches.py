@@ -94,14 +94,15 @@ def test_a_slow_model_load_costs_no_job_of_a_batch_its_lease(harness, monkeypatc
     harness.limits = replace(harness.limits, lease_s=60, timeout_s=10_000)
     jobs = [harness.add("a"), harness.add("b")]
 
-    def slow(recipe: Recipe) -> None:
+    def slow(recipe: Recipe) -> dict[str, float]:
         harness.clock.seconds += 1000
         assert harness.store.abandon_expired(harness.clock.now()) == ()
+        return {"load": 1000.0}
 
     def before_step(batch: int, step: int) -> None:
         now = harness.clock.now()
         expiries = [MemoryStore.get(harness.store, job.id).lease_expires_at for job in jobs]
-        longest = timedelta(seconds=180)  # of a step; that of the load is 1,800
+        longest = timedelta(seconds=180)  # during a step; during the load, a lease is 1,800
         assert all(expires - now <= longest for expires in expiries if expires)
 
     monkeypatch.setattr(harness.engine, "load", slow)
@@ -170,7 +171,7 @@ def test_different_jobs_stay_in_the_queue(harness, other):
     ]
 
 
-def test_jobs_of_different_images_and_exact_jobs_are_made_alone(harness):
+def test_jobs_with_unequal_images_and_exact_jobs_are_made_alone(harness):
     mixed = add(
         harness.store, harness.clock, replace(FAST, prompt="a"), replace(FAST, prompt="b", steps=5)
     )

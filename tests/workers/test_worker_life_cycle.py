@@ -8,6 +8,7 @@ import io
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from tests.workers.worker_support import (
 
 from fidelora import AdapterRef, Engine, Recipe, read_record
 from fidelora.adapters.library import AdapterLibrary
-from fidelora.jobs.job import Status
+from fidelora.jobs.job import Job, Status
 from fidelora.jobs.memory import MemoryStore
 from fidelora.storage.images import FolderImages
 from fidelora.workers.attempt import WorkerLimits
@@ -64,7 +65,7 @@ def test_a_job_becomes_files(worker, store, clock, engine, tmp_path, image_forma
             assert np.array_equal(
                 np.asarray(Image.open(output.file_path)), engine.generate(recipe).pixels
             )
-    assert set(done.timings) == {"load", "adapters", "text", "denoise", "decode"}
+    assert set(done.timings) == {"load", "read", "adapters", "text", "denoise", "decode"}
 
 
 def test_progress_counts_steps_and_images_and_estimates_the_rest(worker, store, clock):
@@ -95,10 +96,11 @@ def test_a_slow_model_load_does_not_cost_the_lease(store, engine, clock, tmp_pat
     leases: list[float] = []
     original = engine.load
 
-    def slow(recipe: Recipe) -> None:
+    def slow(recipe: Recipe) -> dict[str, float]:
         clock.seconds += 1000
         assert store.abandon_expired(clock.now()) == ()
-        original(recipe)
+        seconds: dict[str, float] = original(recipe)
+        return seconds | {"load": 1000.0}
 
     def at_first_step(job_id: str) -> None:
         expires = MemoryStore.get(store, job_id).lease_expires_at
@@ -152,7 +154,7 @@ def test_heartbeats_carry_a_preview_that_is_removed_when_the_job_ends(engine, tm
     ).run_next()
     shown = [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in pictures]
     assert [(picture.format, picture.size) for picture in shown[:4]] == [("JPEG", (16, 8))] * 4
-    assert np.asarray(shown[0]).std() > 1, "it shows something"
+    assert np.asarray(shown[0]).std() > 1, "the preview shows nothing"
     done = store.get(added.id)
     assert (done.status, done.progress and done.progress.preview) == (Status.SUCCEEDED, "")
 
@@ -238,6 +240,25 @@ def test_the_adapters_of_the_next_job_are_prefetched(harness):
         (2, 0)
     ]
     assert last.sha256 in loaded[-1]
+
+
+def test_claims_hold_jobs_for_as_long_as_the_last_read_took(harness, monkeypatch):
+    own = AdapterRef.from_file(LORA)
+    harness.add("a", replace(RECIPE, adapters=(own,)))
+    harness.add("b", replace(RECIPE, adapters=(own,)))
+    worker, claim, held = harness.worker(), harness.store.claim, []
+
+    def claim_and_note(*args: Any, **options: Any) -> Job | None:
+        held.append(options["hold_s"])
+        claimed: Job | None = claim(*args, **options)
+        return claimed
+
+    monkeypatch.setattr(harness.store, "claim", claim_and_note)
+    worker.run_next()
+    harness.engine.load_seconds["read"] = 0.0  # the second job finds its adapter in memory
+    worker.run_next()
+    worker.run_next()
+    assert held == [0.0, 0.5, 0.5]
 
 
 def test_adapters_of_a_running_job_stay_loaded_until_it_ends(harness):

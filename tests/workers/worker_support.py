@@ -90,7 +90,7 @@ def add(store: MemoryStore, clock: Clock, *recipes: Recipe, image_format: str = 
 
 
 def claimed_by_another(store: MemoryStore, clock: Clock, job_id: str) -> None:
-    """End the first attempt at a job, as of a dead worker, and claim it for another worker."""
+    """End a job's first attempt as if its worker had died, and claim the job for another."""
     store.abandon(job_id, 1, "it seemed dead", clock.now())
     clock.seconds += 5  # the pause before a retry
     store.claim("another", clock.now(), 1000)
@@ -124,6 +124,7 @@ class FakeEngine:
         self.steps: list[int] = []
         self.before_step: Callable[[int, int], Any] = lambda batch, step: None
         self.bad: dict[str, BaseException] = {}
+        self.load_seconds = {"load": 3.0, "read": 0.5, "adapters": 0.25}
 
     def merged(self) -> frozenset[str]:
         return frozenset()
@@ -131,12 +132,13 @@ class FakeEngine:
     def models(self) -> tuple[str, ...]:
         return ("sd15",)
 
-    def load(self, recipe: Recipe) -> None:
+    def load(self, recipe: Recipe) -> dict[str, float]:
         for ref in recipe.adapters:
             self.adapters.get(ref)
+        return dict(self.load_seconds)
 
     def max_batch(self, recipe: Recipe) -> int:
-        assert recipe.fidelity == "fast", "exact images are made one by one"
+        assert recipe.fidelity == "fast", "the worker asked for the batch size of exact images"
         return self.most
 
     def generate(self, recipe: Recipe, on_step: OnStep) -> GeneratedImage:
@@ -164,7 +166,14 @@ class FakeEngine:
         for recipe in recipes:
             if recipe.prompt in self.bad:
                 raise self.bad[recipe.prompt]
-        seconds = {"load": 0.0, "adapters": 0.0, "text": 4.0, "denoise": 12.0, "decode": 8.0}
+        seconds = {
+            "load": 0.0,
+            "read": 0.0,
+            "adapters": 0.0,
+            "text": 4.0,
+            "denoise": 12.0,
+            "decode": 8.0,
+        }
         pixels = np.zeros((recipes[0].height, recipes[0].width, 3), np.uint8)
         return [
             GeneratedImage(pixels, recipe, {"fidelora": "test"}, (), seconds) for recipe in recipes

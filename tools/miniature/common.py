@@ -19,15 +19,13 @@ _LAST_RATE = 0.01
 """Learning rate at the end, as a fraction of the initial one."""
 _AVERAGE = 0.999
 """Decay of the moving average of the weights, per step."""
-_LONGEST_STEP_S = 120.0
-"""Longest step in seconds that counts as training time; the rest of a longer step is ignored,
-because the machine was suspended."""
 
 
 def parser(doc: str | None, minutes: float) -> argparse.ArgumentParser:
     """Return a parser with the options `--work` and `--minutes`.
 
-    The work folder keeps all files between runs. The minutes are the total of all runs.
+    The work folder keeps all files between runs. The minutes are the total of all runs, in
+    processor time per thread: what other programs take on a busy machine does not count.
     """
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     made.add_argument("--work", type=Path, required=True)
@@ -70,15 +68,15 @@ class Run:
         self._losses: list[float] = []
         if self._path.exists():
             self._restore(torch.load(self._path))
-        self._last = self._saved = time.monotonic()
+        self._last, self._saved = _seconds_used(), time.monotonic()
 
     def keep_going(self) -> bool:
         """Update the elapsed time, and return True if any is left.
 
         Otherwise, save the state and load the averaged weights into the module.
         """
-        now = time.monotonic()
-        self.seconds += min(now - self._last, _LONGEST_STEP_S)
+        now = _seconds_used()
+        self.seconds += now - self._last
         self._last = now
         if self.seconds < self._budget_s:
             return True
@@ -145,6 +143,11 @@ class Run:
         self._module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._average, self.step, self.seconds = state["average"], state["step"], state["seconds"]
+
+
+def _seconds_used() -> float:
+    """Return the processor time of this process per thread of torch, in seconds."""
+    return time.process_time() / torch.get_num_threads()
 
 
 def autocast() -> torch.autocast:

@@ -41,7 +41,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class Score:
-    """Properties that are right in the picture; with two things, for both, in the right order."""
+    """Properties of the picture that match the scene.
+
+    With two things, `shape` and `colour` are true if both things match, in the right order.
+    """
 
     shape: bool
     colour: bool
@@ -103,7 +106,10 @@ def to_lab(pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def _inside(lab: NDArray[np.float64], mask: Mask) -> NDArray[np.float64]:
-    """Return the median colour of a region, as far from its edge as its thickness allows."""
+    """Return the median colour of a region's inner pixels, which an outline does not cover.
+
+    If the region is thinner than an outline, use its innermost pixels.
+    """
     depth = ndimage.distance_transform_edt(mask)
     middle: NDArray[np.float64] = np.median(
         lab[depth >= min(_OUTLINE_DEPTH, float(depth.max()) * 0.8)], axis=0

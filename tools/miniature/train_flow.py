@@ -2,8 +2,8 @@
 
 Trains a small model of Z-Image's classes on the miniature's scenes: Qwen3 as the text encoder, with
 a tokenizer trained on captions, and a transformer that predicts the velocity of a flow. The VAE is
-the miniature's. The text encoder is trained alone first, as that of the miniature. Runs on one
-thread. Run it again to resume.
+the miniature's. The text encoder is first trained alone, like the miniature's. Uses one thread.
+Run it again to resume.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ EVALUATE_EVERY = 250
 VOCABULARY = 512
 _END, _START_TURN, _END_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 _TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
-"""Chat template, without the names of the roles: together with it, almost all captions have at most
-32 tokens, the multiple to which the transformer pads texts."""
+"""Chat template. It leaves out the names of the roles, so that almost all captions have at most 32
+tokens with it: the transformer pads texts to multiples of 32."""
 
 TRANSFORMER_CONFIG: dict[str, Any] = {
     "in_channels": 4,
@@ -192,7 +192,11 @@ def pretrain_text_encoder(
 
 
 def initialise(transformer: ZImageTransformer2DModel) -> None:
-    """Start modulation without the time, and with half-open gates."""
+    """Initialise the weights that PyTorch's defaults do not suit.
+
+    The modulation ignores the timestep at first, with gates of 0.5 before their tanh. The final
+    layers return zeros. The padding tokens are small random vectors.
+    """
     for block in [*transformer.noise_refiner, *transformer.layers]:
         linear = block.adaLN_modulation[0]
         nn.init.zeros_(linear.weight)
@@ -236,7 +240,10 @@ def evaluate(
     sheet: Path,
     count: int = 64,
 ) -> dict[str, float]:
-    """Return the fractions of held-out prompts with right pictures; write the pictures."""
+    """Return the fractions of held-out prompts whose pictures have the right properties.
+
+    Writes the pictures to `sheet`.
+    """
     scenes = held_out_scenes(count, SEED + 1)
     rng = np.random.default_rng(SEED + 1)
     captions = [world.caption(scene, rng) for scene in scenes]

@@ -32,7 +32,8 @@ SEED = 2
 SCENES = 32_000
 BATCH = 32
 PRETRAINING_STEPS, PRETRAINING_BATCH = 500, 64
-LEARNING_RATE, RATE_AFTER_A_START = 6e-4, 3e-4
+LEARNING_RATE = 6e-4  # from random weights
+FINE_TUNING_RATE = 3e-4  # learning rate with `--start`
 EMPTY = 0.1  # share of empty captions, for guidance
 GAMMA = 5.0  # limit of the signal-to-noise ratio in the weights of min-SNR
 EVALUATE_EVERY = 1500
@@ -98,7 +99,7 @@ def main() -> None:
     kept = scheduler.alphas_cumprod
     snr = kept / (1 - kept)
     weights = snr.clamp(max=GAMMA) / snr
-    run = common.Run(options, "unet", both, RATE_AFTER_A_START if options.start else LEARNING_RATE)
+    run = common.Run(options, "unet", both, FINE_TUNING_RATE if options.start else LEARNING_RATE)
     rng = np.random.default_rng([SEED, run.step])
     torch.manual_seed(SEED + run.step)
     while run.keep_going():
@@ -231,7 +232,10 @@ def evaluate(
     sheet: Path,
     count: int = 64,
 ) -> dict[str, float]:
-    """Return the fractions of held-out prompts with right pictures: 25 DDPM steps, guidance 6."""
+    """Return the fractions of held-out prompts whose pictures have the right properties.
+
+    Makes the pictures with 25 DDPM steps and guidance 6, and writes them to `sheet`.
+    """
     scenes = held_out_scenes(count, SEED + 1)
     rng = np.random.default_rng(SEED + 1)
     generator = torch.Generator().manual_seed(SEED)

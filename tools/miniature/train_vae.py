@@ -38,7 +38,7 @@ CONFIG: dict[str, Any] = {
 SEED = 1
 IMAGES = 12_000
 CROPS = {0.5: 32, 0.75: 64, 1.0: world.SIZE}
-"""Side of the crops in pixels, by the fraction of the training time at which its use ends.
+"""Side of the crops in pixels; each is used until this fraction (the key) of the training time.
 
 Small crops are the most efficient. Whole images come last, because group normalisation uses the
 statistics of the whole picture.

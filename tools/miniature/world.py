@@ -60,7 +60,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Content of a caption.
+    """Content of a picture, as its caption describes it.
 
     With two things, the first is left of or above the second, and neither has a `place`.
     """
@@ -202,7 +202,7 @@ def grid(x: float, y: float) -> tuple[Floats, Floats]:
 
 
 def _polygon(points: Sequence[tuple[float, float]]) -> Callable[[Floats, Floats, float], Floats]:
-    """Return the signed distance to a polygon, in units of the radius.
+    """Return the signed distance function of a polygon whose corners are in units of the radius.
 
     Method: https://iquilezles.org/articles/distfunctions2d/.
     """

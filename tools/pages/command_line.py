@@ -20,7 +20,7 @@ def with_tables(text: str) -> str:
     """Return the page with newly generated tables.
 
     Raises:
-        ValueError: a command has no table, or a table has no command.
+        ValueError: a command has no table or two tables, or a table has no command.
     """
     by_name = dict(commands())
     named = [match["command"] for match in _TABLE.finditer(text)]
@@ -36,7 +36,7 @@ def with_tables(text: str) -> str:
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    """Yield every command that can be run, by the words after `fidelora`."""
+    """Yield the name, without `fidelora`, and the command of everything that can be run."""
     yield from _commands("", typer.main.get_command(app))
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 # From glibc's malloc.h; see mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _MAX_BYTES = 2**31 - 1  # largest value; smaller tensors get no mappings of their own
-_NEVER_TRIM = -1  # without it, more than 2 GB of freed memory at the heap's end would be returned
+_NEVER_TRIM = -1  # the largest threshold would still return freed memory above 2 GB
 _HEAP_GROWTH_BYTES = 64 * 2**20  # extra memory to request each time the heap grows
 
 

@@ -31,8 +31,8 @@ def lean_imports() -> Iterator[None]:
 
     Use it only in processes that compute images on a CPU, where nothing is compiled. Libraries that
     are imported in this block do not use `torch.distributed` for the life of the process, and are
-    not marked for the compiler. Afterwards, both can be used as usual. Modules that are already
-    loaded are not affected. Loads torch.
+    not marked for the compiler. After the block, other code can use both as usual. Modules that are
+    already loaded are not affected. Loads torch.
     """
     import torch
 

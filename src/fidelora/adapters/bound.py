@@ -36,7 +36,7 @@ class BoundAdapter:
 
     @property
     def identity(self) -> str:
-        """Key of the adapter's file and of the alpha, word or rounding that it is used with."""
+        """Text that identifies the file together with the alpha, word or rounding in use."""
         if self.word is not None:
             return f"{self.sha256}, word {self.word!r}"
         details = {"alpha": self.alpha, "rounded to": self.rounded_to}
@@ -72,5 +72,5 @@ class BoundAdapter:
 
     @cached_property
     def is_dora(self) -> bool:
-        """True if the adapter is a DoRA, which the trainer never merges."""
+        """True if the adapter is a DoRA of AI Toolkit, which the trainer never merges."""
         return any(delta.is_dora for delta in self.deltas.values())

@@ -44,7 +44,7 @@ class Delta(ABC):
         is_dora: True for a DoRA of AI Toolkit. The trainer never merges one, and its file has no
             alpha.
         uses_weight: True if `change` needs the weight with the adapters before this one merged in.
-            If False, it gets the weight without any adapter.
+            If False, it gets the weight without the adapters of the same group (`merge.Group`).
     """
 
     scale: float
@@ -70,8 +70,8 @@ class Delta(ABC):
         """Return the tensor that merging adds to `weight`, with `scale` and `multiplier` applied.
 
         Args:
-            weight: float32 [out, in] or [out, in, kh, kw]; without any adapter, or including the
-                adapters before this one if `uses_weight` is True.
+            weight: float32 [out, in] or [out, in, kh, kw]; without the adapters of the same group,
+                or including those before this one if `uses_weight` is True.
 
         Returns:
             a new float32 tensor in the shape and on the device of `weight`.
@@ -81,7 +81,7 @@ class Delta(ABC):
         """Divide the delta of a fused module among the modules that share its output rows.
 
         Args:
-            sizes: number of rows of each module; their sum is that of this delta's weight.
+            sizes: number of rows of each module, in order; together, all rows of the fused weight.
 
         Returns:
             one delta per module, in order; None if this kind of delta cannot be divided.
@@ -206,11 +206,15 @@ class LoraDelta(Delta):
         multiplier: float,
         weight: Callable[[], Tensor],
     ) -> Tensor:
-        # The trainer's order: scale and multiply in float32, cast to the dtype of `out`, then add.
+        # The trainer's order: scale and multiply in the dtype of the factors (float32, except in
+        # training adapters), cast to the dtype of `out`, then add.
         return out + self.low_rank_output(module, x, multiplier).to(out.dtype)
 
     def low_rank_output(self, module: Module, x: Tensor, multiplier: float) -> Tensor:
-        """Return `up(down(x)) * scale * multiplier` in float32, in the shape of the output."""
+        """Return `up(down(x)) * scale * multiplier`, in the output's shape and the factors' dtype.
+
+        The factors are float32, except in training adapters.
+        """
         up, down = self.up, self.down
         x = x.to(down.dtype)
         if isinstance(module, nn.Conv2d):

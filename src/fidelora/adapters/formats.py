@@ -18,7 +18,7 @@ _PARTS = {
     "lora.down.weight": "down", "lora_linear_layer.down.weight": "down",
     "lora_up.weight": "up", "lora_B": "up", "lora_B.weight": "up",
     "lora.up.weight": "up", "lora_linear_layer.up.weight": "up",
-    "lora_B.bias": "up_bias",
+    "lora_B.bias": "up_bias", "lora_up.bias": "up_bias", "lora.up.bias": "up_bias",
     # DoRA of AI Toolkit, and of LyCORIS, OneTrainer and kohya; for PEFT see `_MAGNITUDE`.
     "magnitude": "magnitude",
     "dora_scale": "dora_scale",
@@ -110,6 +110,23 @@ _REFUSED = {
 }
 """Ends of error messages, by key suffix of known formats that are not supported."""
 
+_REFUSED_PATTERNS = {
+    re.compile(r"\.(?:lora_(?:up|down|[AB])_?[12ab]|abba_\w+)(?:\.weight)?$"): _ABBA,
+    re.compile(r"\.(?:lambda_layer|base_lambda|(?:base_[pq]|[pq]_layer)\.weight)$"): (
+        "is a T-LoRA, whose rank depends on the timestep, which is not supported; load it in its "
+        "training program, or train a LoRA"
+    ),
+    re.compile(r"\.(?:(?:up|down)_list|lora_[AB])\.\d+$"): (
+        "is a DyLoRA whose ranks are stored one by one, which is not supported; save it with its "
+        "training program as one lora_up.weight and one lora_down.weight per module"
+    ),
+    re.compile(r"\.(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.bias$"): (
+        "has a bias in the first factor of its modules, which no format defines; train it without "
+        "this bias (lora_bias of PEFT adds one to the second factor only)"
+    ),
+}
+"""The same, by patterns for the ends of keys."""
+
 _OTHER_FILES = {
     re.compile(r"(image_proj|ip_adapter)\."): "is an IP-Adapter",
     re.compile(r"\d+\.to_(q|k|v|out)_lora\."): "is the LoRA of an IP-Adapter (FaceID)",
@@ -176,7 +193,8 @@ _XLABS = {
     "qkv_lora2": "txt_attn.qkv", "proj_lora2": "txt_attn.proj",
     "qkv_lora": "qkv", "proj_lora": "linear2",
 }  # fmt: skip
-"""Module of FLUX.1's original code by XLabs' name of a LoRA; the block comes before `.processor.`.
+"""Modules of FLUX.1's original code by XLabs' names. Keys have the form
+`<block>.processor.<name>.<down or up>.weight`.
 Source: https://github.com/XLabs-AI/x-flux, `DoubleStreamBlockLoraProcessor` and
 `SingleStreamBlockLoraProcessor`. `qkv` is the first part of `linear1`."""
 
@@ -201,6 +219,8 @@ def split_key(key: str, is_ia3: bool = False) -> tuple[str, str] | None:
     if _MAGNITUDE in pieces[-3:] and pieces[0] != _MAGNITUDE:
         at = len(pieces) - 1 - pieces[::-1].index(_MAGNITUDE)
         return ".".join(pieces[:at]), "peft_magnitude"
+    if len(pieces) > 3 and pieces[-3] == "lora_B" and pieces[-1] == "bias":
+        return ".".join(pieces[:-3]), "up_bias"
     if len(pieces) > 3 and pieces[-1] == "weight":
         # `lora_A.<name of the adapter>.weight`, from a state dict of PEFT.
         if pieces[-3] in ("lora_A", "lora_B"):
@@ -234,7 +254,9 @@ def refusal(key: str) -> str | None:
     for piece in pieces[-3:]:
         if _PEFT_PARAMETER.fullmatch(piece):
             return f"is {_PEFT_METHODS[piece.partition('_')[0]]} {_PEFT_FORMAT}"
-    return _REFUSED.get(".".join(pieces[-2:])) or _REFUSED.get(pieces[-1])
+    if reason := _REFUSED.get(".".join(pieces[-2:])) or _REFUSED.get(pieces[-1]):
+        return reason
+    return next((why for end, why in _REFUSED_PATTERNS.items() if end.search(key)), None)
 
 
 def find_kind(parts: Iterable[str]) -> str | None:

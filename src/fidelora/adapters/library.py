@@ -146,7 +146,8 @@ class AdapterLibrary:
     def _paths_of(self, ref: AdapterRef) -> list[Path]:
         """Return the existing files among the paths known for this hash.
 
-        If none of the files exists, only the first path is returned.
+        If none of them exists, `fetch` is called. If it finds no file either, only the first path
+        is returned.
 
         Raises:
             AdapterNotFoundError: no path is known.

@@ -31,8 +31,8 @@ _PART_BYTES = 8 * 2**20
 """Size in float32 of the rows of a weight that are merged at a time: small enough to stay in the
 CPU cache together with the changes that are added to them."""
 _ROW_MULTIPLE = 16
-"""The number of rows merged at a time is a multiple of this. With other numbers, the matrix library
-more often sums the product of some rows in another order than the product of all rows."""
+"""The number of rows merged at a time is a multiple of this. With other numbers, the product of a
+few rows differs more often from the same rows of the whole product, in the last bits."""
 
 _UNKNOWN: Applied = ((("not written, or partly", 0.0),),)
 """State of a weight that is not written, or only in part; `apply` always writes it."""

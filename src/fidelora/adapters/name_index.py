@@ -20,7 +20,7 @@ SimpleTuner and OneTrainer, and none (DiffSynth-Studio, PEFT)."""
 
 @dataclass(frozen=True)
 class Share:
-    """One share of the rows of a target, which adapter files can name as a module.
+    """Share of a target's rows that is a module of its own in some adapter files.
 
     Attributes:
         index: index of the share among `sizes`, which are those of `StackedDelta`.

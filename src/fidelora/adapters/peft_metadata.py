@@ -22,8 +22,8 @@ from fidelora.texts import read_json
 _FIELDS = frozenset({"lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "alpha", "r"})
 _PLAIN_PATTERN = re.compile(r"\^?[\w.]+")
 _MAX_PARTS = 16
-"""Limit of the number of parts of the model; those of diffusers have up to 4. The configuration of
-each module is searched in all of them."""
+"""Maximum number of parts in the metadata; pipelines of diffusers have up to 4. The limit bounds
+the time of lookups: each module is compared with the names of all parts."""
 
 
 @dataclass(frozen=True)

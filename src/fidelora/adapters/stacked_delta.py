@@ -20,7 +20,7 @@ class StackedDelta(Delta):
 
     Attributes:
         shares: change of each share, from the first row; None for a share that stays the same.
-        sizes: size of each share, in units that divide the rows equally.
+        sizes: relative size of each share: `len(weight) * size / sum(sizes)` rows.
     """
 
     shares: tuple[Delta | None, ...]

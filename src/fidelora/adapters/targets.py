@@ -150,7 +150,8 @@ class Targets:
             stage: stage of the denoiser that the adapter changes, in families with stages.
 
         Raises:
-            AdapterMismatchError: a module matches no target, or does not have the target's shape.
+            AdapterMismatchError: a module matches no target, does not have the target's shape, or
+                is in the file twice.
         """
         matches = self.match(adapter, stage)
         if matches.unmatched or matches.repeated or matches.misshapen:

@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from fidelora.adapters.formats import find_kind, name_of_other_file, refusal, split_key
-from fidelora.embedding_file import MAX_TOKENS, embedding_tensors, token_count, tokens_of
+from fidelora.embedding_file import (
+    MAX_TOKENS,
+    embedding_tensors,
+    is_counter,
+    token_count,
+    tokens_of,
+)
 from fidelora.errors import AdapterFormatError
 from fidelora.recipe import AdapterRef, Noise
 from fidelora.safetensors_header import Header, read_file_header
@@ -30,8 +36,8 @@ _OTHER_ENCODERS = frozenset({
     *("t5", "t5xxl", "t5_out", "llama", "llama_out", "qwen", "qwen_out", "gemma", "gemma_out"),
     *("qwen3_4b", "qwen3_8b", "gemma2_2b", "umt5xxl", "mistral", "mistral_out"),
 })  # fmt: skip
-"""Keys of embeddings for text encoders that are no CLIP, in OneTrainer and ComfyUI."""
-_MAX_CLIP_WIDTH = 1280  # of CLIP-bigG; those of T5 and language models are wider
+"""Keys of embeddings for text encoders other than CLIP, in OneTrainer and ComfyUI."""
+_MAX_CLIP_WIDTH = 1280  # width of CLIP-bigG; T5 and language models are wider
 _WHOLE_MODEL = ("model.diffusion_model.", "cond_stage_model.", "down_blocks.")
 _ANY_TYPE = (".alpha", ".scalar", ".on_input")
 """Suffixes of tensors with one number, which may have any type."""
@@ -135,6 +141,8 @@ def _check_header(header: Header, name: str) -> None:
     if not header.tensors:
         raise AdapterFormatError(f"{name} has no tensors; export it again.")
     for key, info in header.tensors.items():
+        if is_counter(key, header):
+            continue
         is_single = key.endswith(_ANY_TYPE)
         if info.dtype not in _FLOATS and not is_single:
             if refusal(key):
@@ -202,7 +210,7 @@ def _group(header: Header, name: str) -> dict[str, dict[str, str]]:
         _refuse([other], name)
     ia3 = {key.removesuffix(".on_input") for key in header.tensors if key.endswith(".on_input")}
     for key in header.tensors:
-        if key in embedding:
+        if key in embedding or is_counter(key, header):
             continue
         found = split_key(key, is_ia3=key.removesuffix(".weight") in ia3)
         if found is None:

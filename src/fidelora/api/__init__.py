@@ -1,9 +1,8 @@
 """Bodies of the HTTP API and their conversion: requests to recipes, jobs to responses.
 
-Shared by server and client; does not import torch. The API is compatible with that of
-https://github.com/runcomfy-com/ai-toolkit-inference: same fields, ranges and codes, with optional
-additions. Unknown fields and fields that the model does not support are errors, which name the
-field.
+Shared by server and client; does not import torch. The API follows that of
+https://github.com/runcomfy-com/ai-toolkit-inference, with optional additions. Unknown fields and
+fields that the model does not support are errors, which name the field.
 """
 
 from __future__ import annotations

@@ -134,7 +134,8 @@ class StateBody(BaseModel):
 class A1111ProgressBody(BaseModel):
     """Response of `GET /sdapi/v1/progress`.
 
-    It describes the oldest request with the same API key whose client is still waiting.
+    It describes the API key's oldest running request whose client is still waiting, or else the
+    oldest queued one.
     """
 
     progress: float

@@ -26,7 +26,7 @@ class DifferenceBody(BaseModel):
     theirs: str = Field(description="The setting in the other program, in words.")
     ours: str = Field(description="The setting in training.")
     effect: float | None = Field(
-        description="Effect on the pixels in levels of 255; null if it was not measured."
+        description="Effect on the pixels in levels (0..255); null if it was not measured."
     )
     in_file: bool = Field(description="True if the picture's file contains the setting.")
     always: bool = Field(
@@ -45,7 +45,7 @@ class NearestThereBody(BaseModel):
 class ExplanationBody(BaseModel):
     """Response of `POST /v1/explain`.
 
-    Distances are mean differences in levels of 255: `distance_before` of the picture from the
+    Distances are mean differences in levels (0..255): `distance_before` of the picture from the
     sample, `distance_after` of the picture from the nearest simulated one.
     """
 

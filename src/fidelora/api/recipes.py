@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fidelora.api.requests import InferenceRequest, PromptItem
+from fidelora.api.requests import InferenceRequest, LoraItem, PromptItem, RequestBody
 from fidelora.errors import (
     ImageFormatError,
     RecipeError,
@@ -17,6 +17,7 @@ from fidelora.errors import (
     UnknownModelError,
 )
 from fidelora.families import Family, all_families, get_family
+from fidelora.field_sentences import similar_name
 from fidelora.images.formats import check_format
 from fidelora.images.mp4 import can_write_mp4
 from fidelora.loras.trigger import has_placeholder, trigger_of
@@ -57,7 +58,10 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
             str(error), code="MODEL_NOT_FOUND", details={"supported_models": supported}
         ) from error
     if needs_lora and not request.loras:
-        raise RequestError("At least one LoRA is required.", code="LORA_FILE_REQUIRED")
+        raise RequestError(
+            "At least one LoRA is required. POST /v1/images/generations needs none.",
+            code="LORA_FILE_REQUIRED",
+        )
     if len(request.loras) * len(request.prompts) > MAX_LORAS_TIMES_PROMPTS:
         raise RequestFieldError(
             f"The request has {len(request.loras)} LoRAs and {len(request.prompts)} prompts; LoRAs "
@@ -66,7 +70,7 @@ def check_request(request: InferenceRequest, *, needs_lora: bool = True) -> Fami
         )
     _check_transformers(request, spec, is_required=needs_lora)
     for field_path in _unsupported_fields(request, spec):
-        message = f"{spec.id} does not support {field_path}; leave it out."
+        message = _unsupported_message(field_path, spec)
         raise RequestError(message, code="FIELD_NOT_SUPPORTED", details={"field": field_path})
     for index, item in enumerate(request.prompts):
         multipliers, loras = item.network_multiplier, request.loras
@@ -370,6 +374,17 @@ def _multipliers(request: InferenceRequest, item: PromptItem) -> tuple[float, ..
         else 1.0
         for lora in request.loras
     )
+
+
+def _unsupported_message(field_path: str, spec: Family) -> str:
+    """Return the error message for a path of `_unsupported_fields`; it corrects a typing error."""
+    container, _, name = field_path.rpartition(".")
+    bodies: Mapping[str, type[RequestBody]] = {"loras": LoraItem, "prompts": PromptItem}
+    fields = bodies.get(container.split("[")[0], InferenceRequest).model_fields
+    meant = None if name in fields else similar_name(name, fields)
+    if meant is not None:
+        return f"{field_path} does not exist; the field is called {meant}."
+    return f"{spec.id} does not support {field_path}; leave it out."
 
 
 def _unsupported_fields(request: InferenceRequest, spec: Family) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Request bodies. All ranges but that of multipliers are those of `ai-toolkit-inference`."""
+"""Request bodies. The ranges of size, steps and guidance are those of `ai-toolkit-inference`."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class PromptItem(RequestBody):
     sampler: str | None = None
     timestep_spacing: TimestepSpacing | None = Field(
         None,
-        description="Rule by which the sampler's timesteps are chosen; few-step LoRAs need "
+        description="Rule by which the sampler's timesteps are chosen; most few-step LoRAs need "
         "`trailing` or `sgm_uniform`.",
     )
     eta: float | None = Field(

@@ -57,7 +57,7 @@ class ErrorBody(BaseModel):
 
 
 class ProgressBody(BaseModel):
-    """Progress of a job; `image` counts from 0, `fraction` refers to the whole job."""
+    """Progress of a request; `image` counts from 0, `fraction` refers to the whole request."""
 
     image: int
     images: int
@@ -120,14 +120,14 @@ class VideoBody(ImageBody):
 
 
 class OutputsBody(BaseModel):
-    """Outputs of a job, in the order of its prompts."""
+    """Outputs of a request, in the order of its prompts."""
 
     images: list[ImageBody]
     videos: list[VideoBody]
 
 
 class MetadataBody(BaseModel):
-    """Timing of a job: seconds from start to end (`inference_time`), and by phase (`timings`)."""
+    """Timing of a request: seconds from start to end (`inference_time`), and by phase."""
 
     model: str
     inference_time: float
@@ -155,7 +155,7 @@ class ResultBody(BaseModel):
 class LoraBody(BaseModel):
     """One adapter file under `WORKFLOWS_BASE_PATH`; requests refer to it by `path`.
 
-    The other fields are read from the file's header.
+    Most other fields are read from the file's header.
     """
 
     path: str
@@ -173,6 +173,9 @@ class LoraBody(BaseModel):
     base: str
     trainer: str
     uploaded: bool
+    models: list[str] = Field(
+        description="Those of the server's configured models that it fits; empty for none of them."
+    )
     problems: list[str]
 
 

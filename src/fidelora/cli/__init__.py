@@ -73,7 +73,7 @@ app.add_typer(cluster.db, name="db", rich_help_panel=_SERVER)
 
 
 def main() -> None:
-    """Run the command line and exit: 0 for success, 1 for a failure, 2 for a usage error."""
+    """Run the command line and exit; `console.run` lists the exit codes."""
     run(app)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, ParamSpec
 
 import typer
 
 from fidelora.accel.threads import limit_spinning
+from fidelora.atomic import make_folder
 from fidelora.errors import FideloraError, UsageError
 from fidelora.field_sentences import field_sentence
 from fidelora.texts import printable
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
     from fidelora.resident.client import OnSteps, Steps
 
 _debug = False
-
+_new_folders: list[Path] = []
+"""Folders that this command created, parents first."""
 
 P = ParamSpec("P")
 
@@ -39,9 +42,19 @@ def set_debug(requested: bool) -> None:
 def run(app: typer.Typer) -> NoReturn:
     """Run `app` and exit; print errors to stderr as one sentence.
 
-    The exit code is 0 for success, 2 for a usage error, 130 after Ctrl-C and 1 for any other error.
+    The exit code is the one that the command set, 0 by default. A usage error exits with 2, Ctrl-C
+    with 130, and any other error with 1.
     """
     limit_spinning()
+    try:
+        _run(app)
+    finally:
+        while _new_folders:
+            with suppress(OSError):  # not empty: the command wrote its files
+                _new_folders.pop().rmdir()
+
+
+def _run(app: typer.Typer) -> NoReturn:
     code: object = 0
     try:
         # In standalone mode, Typer would print usage errors in its own form.
@@ -71,6 +84,19 @@ def run(app: typer.Typer) -> NoReturn:
     if code == INTERRUPTED:
         fail("Interrupted.", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def make_output_folder(folder: Path) -> None:
+    """Create the folder of a command's output and its parents.
+
+    Those that are still empty when the command ends, for example after Ctrl-C, are removed again.
+
+    Raises:
+        StorageError, OutputError: as in `make_folder`.
+    """
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    make_folder(folder)
+    _new_folders.extend(reversed(missing))
 
 
 def _fail_usage(error: typer.TyperException) -> NoReturn:
@@ -132,7 +158,7 @@ def warn(message: str) -> None:
 
 
 def reserve_exit_code_1(command: Callable[P, None]) -> Callable[P, None]:
-    """Exit with 2 instead of 1 on errors, in commands where 1 means that an image differs."""
+    """Exit with 2 on a `FideloraError`, in commands where 1 means that an image differs."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:

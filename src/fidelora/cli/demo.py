@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fidelora.atomic import make_folder
-from fidelora.cli.console import fail, make_engine, progress_display
+from fidelora.cli.console import fail, make_engine, make_output_folder, progress_display
 from fidelora.cli.options import Debug, Device
 from fidelora.recipe import AdapterRef, Recipe
 
@@ -49,7 +48,9 @@ def demo(
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Demonstrate Fidelora in a minute or two, without a network.
+    """Demonstrate Fidelora without a network.
+
+    It takes half a minute on two processor cores with AVX-512, and longer on older processors.
 
     Generates pictures with the miniature, the small base model that is part of Fidelora, alone and
     with a LoRA at several multipliers. The LoRA teaches the model the word "sks".
@@ -61,7 +62,7 @@ def demo(
     If the server is installed, generates the pictures of the LoRA again through the HTTP API and
     checks that every pixel is the same.
     """
-    make_folder(out)
+    make_output_folder(out)
     with _start_server(device) as url:
         engine = make_engine(device)
         recipes, images = _make_lora_sheet(engine, out)

@@ -138,7 +138,10 @@ def _environment() -> dict[str, str]:
 def _wait_for_url(
     process: subprocess.Popen[bytes], log: Path, patience_s: float = _PATIENCE_S
 ) -> str:
-    """Return the URL from the log; wait until the server listens, or makes no progress."""
+    """Wait until the server listens and return its URL, which it logs.
+
+    Exits if the server ends, or logs nothing for `patience_s` seconds.
+    """
     length, changed = 0, time.monotonic()
     while True:
         # Poll first: the log of a process that has ended is complete.

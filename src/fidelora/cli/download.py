@@ -11,8 +11,8 @@ from urllib.parse import unquote, urlsplit
 import typer
 
 from fidelora.adapters.tensor_names import MAX_ADAPTER_BYTES, modules_of
-from fidelora.atomic import make_folder, output_error, temporary_name
-from fidelora.cli.console import fail
+from fidelora.atomic import output_error, temporary_name
+from fidelora.cli.console import fail, make_output_folder
 from fidelora.cli.options import Debug
 from fidelora.errors import (
     AdapterExistsError,
@@ -112,7 +112,7 @@ def _fetch_base(source: str, model: str | None, variant: str) -> Path:
 
 
 def _fetch_lora(source: str, folder: Path) -> Path:
-    """Download a LoRA to a folder and return its path. A different file is never replaced.
+    """Download a LoRA to a folder and return its path. A file with other contents is not replaced.
 
     Raises:
         AdapterError, WeightsFileError: the download failed, or the file is not an adapter.
@@ -120,7 +120,7 @@ def _fetch_lora(source: str, folder: Path) -> Path:
         OutputError: the file cannot be written.
     """
     target = folder / _file_name(source)
-    make_folder(folder)
+    make_output_folder(folder)
     temporary = folder / temporary_name()
     try:
         if source.startswith("hf:"):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fidelora.recipe import Dtype, Recipe
     from fidelora.resident.client import OnSteps, ResidentEngine
 
-_START_S = 120.0  # seconds in which a new resident engine has to listen; imports take most of it
+_START_S = 120.0  # timeout for the start of a resident engine; imports take most of that time
 _POLL_S = 0.02  # time between two attempts to connect to it
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ def _start(path: Path, device: str, offload: str, minutes: float) -> ResidentEng
         if has_ended:
             break
         time.sleep(_POLL_S)
-    warn(f"No resident engine could be started; its messages are in {log}.")
+    warn(f"The resident engine did not start; the reason is in its log, {log}.")
     return None
 
 

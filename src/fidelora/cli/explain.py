@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fidelora.atomic import make_folder, write_atomically
+from fidelora.atomic import write_atomically
 from fidelora.cli.console import (
     COMPARISON_FAILED,
     fail,
     make_engine,
+    make_output_folder,
     progress_display,
     reserve_exit_code_1,
 )
@@ -26,6 +28,7 @@ from fidelora.texts import printable
 
 if TYPE_CHECKING:
     from fidelora.explain.explain import Explanation
+    from fidelora.explain.picture import Picture
     from fidelora.explain.reading import Reading
 
 DIFFERENT, UNEXPLAINED = 1, 4  # exit codes
@@ -119,7 +122,7 @@ def explain(
         int,
         typer.Option(
             min=1,
-            help="Limit of the work per picture, as a number of images with the sample's steps.",
+            help="Maximum work per picture, in images with as many steps as the sample.",
         ),
     ] = 40,
     as_json: AsJson = False,
@@ -175,9 +178,7 @@ def explain(
     """
     from fidelora.explain.document import document_of, lines_of
     from fidelora.explain.explain import explain as explain_picture
-    from fidelora.explain.picture import Picture
-    from fidelora.explain.programs import clip_skip_layer
-    from fidelora.explain.read_picture import read_picture, with_options
+    from fidelora.training.base_advice import advice_on_base
     from fidelora.training.run_folder import read_run
 
     if not pictures and write is None:
@@ -185,30 +186,19 @@ def explain(
             "Give JOB_DIR and PICTURE, or JOB_DIR and --write PROGRAM.", param_hint="PICTURE"
         )
     if as_json and json_lines:
-        raise typer.BadParameter("Give --json or --json-lines.", param_hint="--json-lines")
+        raise typer.BadParameter("It cannot be combined with --json.", param_hint="--json-lines")
     as_text = not (as_json or json_lines)
     run = read_run(run_folder)
     if report is not None:
-        make_folder(report)
+        make_output_folder(report)
     options = {
         "prompt": prompt, "negative_prompt": negative, "steps": steps, "sampler": sampler,
         "scheduler": scheduler, "guidance_scale": guidance, "seed": seed,
     }  # fmt: skip
-    loaded = []
-    for path in pictures or ():
-        try:
-            content = path.read_bytes()
-            reading = _with_program(read_picture(content, path.name), program)
-            layer = clip_skip_layer(reading.program, run.model, clip_skip)
-            reading = with_options(reading, {**options, "clip_skip": layer})
-            loaded.append((Picture.read(content, path.name), reading))
-        except OSError as error:
-            fail(f"{path} cannot be read: {error.strerror or error}.", COMPARISON_FAILED)
-        except ImageRecordError as error:
-            fail(str(error), COMPARISON_FAILED)
+    loaded = _read_pictures(pictures or [], run.model, program, options, clip_skip)
     engine = make_engine(device)
     explanations: list[Explanation] = []
-    with progress_display(as_lines=progress_lines) as show:
+    with progress_display(as_lines=progress_lines) as show, advice_on_base(run, base_model):
         for picture, reading in loaded:
             try:
                 found = explain_picture(
@@ -232,7 +222,7 @@ def explain(
     files: list[dict[str, Any]] = []
     if write is not None:
         samples = [one.alignment.plan for one in explanations]
-        with progress_display(as_lines=progress_lines) as show:
+        with progress_display(as_lines=progress_lines) as show, advice_on_base(run, base_model):
             files = write_settings(
                 samples or samples_of(run, step, index, base_model),
                 write.value,
@@ -259,6 +249,38 @@ def explain(
         raise typer.Exit(UNEXPLAINED)
     if not all(one.is_same for one in explanations):
         raise typer.Exit(DIFFERENT)
+
+
+def _read_pictures(
+    paths: Sequence[Path],
+    model: str,
+    program: ProgramOption | None,
+    options: Mapping[str, Any],
+    clip_skip: int | None,
+) -> list[tuple[Picture, Reading]]:
+    """Return the pictures and their settings; end the command if one cannot be read.
+
+    Args:
+        options: settings given on the command line, which replace those in the files.
+        clip_skip: as the program of a picture counts.
+    """
+    from fidelora.explain.picture import Picture
+    from fidelora.explain.programs import clip_skip_layer
+    from fidelora.explain.read_picture import read_picture, with_options
+
+    found = []
+    for path in paths:
+        try:
+            content = path.read_bytes()
+            reading = _with_program(read_picture(content, path.name), program)
+            layer = clip_skip_layer(reading.program, model, clip_skip)
+            reading = with_options(reading, {**options, "clip_skip": layer})
+            found.append((Picture.read(content, path.name), reading))
+        except OSError as error:
+            fail(f"{path} cannot be read: {error.strerror or error}.", COMPARISON_FAILED)
+        except ImageRecordError as error:
+            fail(str(error), COMPARISON_FAILED)
+    return found
 
 
 def _with_program(reading: Reading, program: ProgramOption | None) -> Reading:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fidelora.atomic import make_folder, write_atomically
-from fidelora.cli.console import fail
+from fidelora.atomic import write_atomically
+from fidelora.cli.console import fail, make_output_folder
 from fidelora.cli.verify_options import NOTHING_TO_CHECK
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def samples_of(
     """Return the samples of a step whose files exist; exit if there are none.
 
     Args:
-        step: None for the last one with a checkpoint.
+        step: None for the last sampled step that has a checkpoint or is 0.
         index: None for all samples.
     """
     from fidelora.training.plan import plan_samples
@@ -56,7 +56,8 @@ def write_settings(
 
     Args:
         program: `a1111`, `comfyui` or `diffusers`.
-        show: called before each image with the kind of work, the samples done, and their number.
+        show: called before each image with the kind of work, the number of finished samples, and
+            the number of all samples.
 
     Returns:
         an entry for each file, as `--json` prints it.
@@ -66,7 +67,7 @@ def write_settings(
     from fidelora.explain.write import SUFFIXES, written
 
     target = next(one for one in SUFFIXES if one.lower() == program)
-    make_folder(folder)
+    make_output_folder(folder)
     unique = {(plan.round, plan.index): plan for plan in plans}
     entries = []
     for done, plan in enumerate(unique.values()):

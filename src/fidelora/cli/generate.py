@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from fidelora.atomic import make_folder
 from fidelora.cli import generate_options as options
+from fidelora.cli.console import make_output_folder
 from fidelora.cli.engines import image_maker
 from fidelora.cli.image_plan import (
     MAX_IMAGES,
@@ -87,7 +87,8 @@ def generate(
 ) -> None:
     """Generate images with LoRAs and write files that contain the recipes.
 
-    With several prompts or LoRAs, every combination is made, with the same seeds.
+    Several --lora options are applied together, to each image. If an option names a folder or a
+    pattern, or there are several prompts, every combination is made, with the same seeds.
     """
     # Check everything that does not need torch first, because loading torch takes seconds.
     report = Report(quiet, as_json)
@@ -155,7 +156,7 @@ def generate(
         print_plan(images, report)
         return
     for folder in dict.fromkeys(one.path.parent for one in images):
-        make_folder(folder)
+        make_output_folder(folder)
     render(images, engine, report)
 
 

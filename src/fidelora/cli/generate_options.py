@@ -161,7 +161,8 @@ Guidance = Annotated[
     typer.Option(
         "--guidance",
         "--cfg-scale",
-        help="Guidance scale (CFG), 0..100; 1 or less disables guidance.",
+        help="Guidance scale (CFG), 0..100; 1 or less disables guidance, except for flux and "
+        "flex1, whose transformers get the scale as an input.",
         rich_help_panel=SAMPLING_PANEL,
     ),
 ]
@@ -184,7 +185,7 @@ Sampler = Annotated[
 Spacing = Annotated[
     SpacingOption,
     typer.Option(
-        help="Timestep spacing: default (the trainer's), trailing or sgm_uniform. Few-step "
+        help="Timestep spacing: default (the trainer's), trailing or sgm_uniform. Most few-step "
         "LoRAs need one of the last two, which only some samplers support.",
         rich_help_panel=SAMPLING_PANEL,
     ),

@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
-from fidelora.atomic import make_folder, write_atomically
-from fidelora.cli.console import INTERRUPTED, fail, progress_display, warn
+from fidelora.atomic import write_atomically
+from fidelora.cli.console import INTERRUPTED, fail, make_output_folder, progress_display, warn
 from fidelora.cli.engines import image_maker
 from fidelora.cli.options import Debug, Device, Fidelity, FidelityOption, RunFolder
+from fidelora.cli.output_names import is_folder, unused_path
 from fidelora.errors import TrainingRunError
 
 
@@ -50,19 +51,21 @@ def grid(
             "-o",
             "--output",
             "--out",
-            metavar="FILE",
-            help="Output file (.png, .jpg or .webp); an existing file is replaced.",
+            metavar="PATH",
+            help="Output file (.png, .jpg or .webp), which is replaced if it exists, or folder; by "
+            "default grid.png in this folder. If a file has this name already, a number is added.",
         ),
-    ] = Path("grid.png"),
+    ] = Path(),
     fidelity: Fidelity = FidelityOption.EXACT,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Generate a labelled sheet of prompts with several checkpoints and multipliers.
+    """Generate a contact sheet: a row per prompt, a column per checkpoint and multiplier.
 
     All images of a row have the same seed.
     """
     from fidelora.images.formats import format_of
+    from fidelora.training.base_advice import advice_on_base
     from fidelora.training.grid import (
         contact_sheet,
         frame_strip,
@@ -73,6 +76,7 @@ def grid(
     from fidelora.training.notes import notes_on
     from fidelora.training.run_folder import read_run
 
+    out = unused_path(out / "grid.png") if is_folder(out) else out
     image_format = format_of(out)
     run = read_run(run_folder)
     for sentence in notes_on(run):
@@ -82,12 +86,12 @@ def grid(
         run, _read_steps(steps, sorted(run.checkpoints)), _read_multipliers(multipliers)
     )
     cells = list(iterate_cells(run, rows, columns))
-    make_folder(out.parent)
+    make_output_folder(out.parent)
 
     engine = image_maker(device, first=cells[0][2])
     images = {}
     try:
-        with progress_display() as show:
+        with progress_display() as show, advice_on_base(run, base_model):
             for number, (down, across, recipe) in enumerate(cells):
                 if show is not None:
                     show("images", number, len(cells))

@@ -119,9 +119,10 @@ def _print(file: Path, document: dict[str, Any], result: Examination, base_model
         "trainer": document["trainer_version"] or unknown,
         "fits": _fit(document, result, base_model) or unknown,
         **({"stage": _stage(document["stage"])} if _has_stages(result) else {}),
-        "size": f"{document['size_bytes']:,} bytes",
-        "sha256": document["sha256"],
     }
+    if not document["type"]:  # not an adapter: nothing else is known about it
+        rows = {}
+    rows |= {"size": f"{document['size_bytes']:,} bytes", "sha256": document["sha256"]}
     typer.echo(printable(file.name))
     for name, value in rows.items():
         typer.echo(f"  {name:<11} {printable(str(value))}")
@@ -151,8 +152,10 @@ def _fit(document: dict[str, Any], result: Examination, base_model: str) -> str:
     base = short_name(base_model) if base_model else f"{result.model}'s default base model"
     if result.same_shapes == total:
         return f"{base}: all {total} {things}"
-    has = "no " + things if not result.same_shapes else f"{result.same_shapes} of {total} {things}"
-    return f"{has} have the shapes of {base}; {result.matched} of {total} have its names"
+    return (
+        f"not {base}: {result.matched} of {total} {things} have its names, "
+        f"{result.same_shapes or 'none'} also its shapes"
+    )
 
 
 def _contents(document: dict[str, Any]) -> str:

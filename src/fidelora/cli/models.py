@@ -55,7 +55,7 @@ def _document(spec: Family) -> dict[str, object]:
 
 
 def _options_of_samplers(spec: Family) -> dict[str, list[str]]:
-    """Return the samplers that support a timestep spacing or `eta`, by spacing and `eta`."""
+    """Return the samplers that support `trailing`, `sgm_uniform` and `eta`, by these names."""
     found: dict[str, list[str]] = {}
     for spacing in ("trailing", "sgm_uniform"):
         found[spacing] = [name for name, one in spec.samplers.items() if spacing in one.spacings]

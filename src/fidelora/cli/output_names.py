@@ -118,6 +118,20 @@ def parse_output(
     return OutputNames(text.removesuffix(plain.suffix), plain.suffix, replaces=not is_template)
 
 
+def is_folder(path: Path) -> bool:
+    """True if an output path is a folder: it exists, or has no suffix."""
+    return path.is_dir() or not path.suffix
+
+
+def unused_path(path: Path) -> Path:
+    """Return a path, with a number added to its name if a file of this name exists."""
+    found, count = path, 1
+    while found.exists():
+        count += 1
+        found = path.with_stem(f"{path.stem}_{count}")
+    return found
+
+
 def _has_fields(out: str) -> bool:
     """True if `out` is a template.
 

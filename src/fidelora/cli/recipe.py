@@ -12,6 +12,7 @@ import typer
 from fidelora.cli.console import warn
 from fidelora.cli.options import Debug, RunFolder
 from fidelora.errors import TrainingRunError
+from fidelora.families import get_family
 from fidelora.recipe import AdapterRef
 
 if TYPE_CHECKING:
@@ -42,10 +43,10 @@ def recipe(
     The settings that the server needs are printed to stderr.
     """
     from fidelora.api import request_for
+    from fidelora.training.base_advice import BUNDLED_BASES
     from fidelora.training.notes import notes_on
     from fidelora.training.plan import RANDOM_SEED, plan_samples
     from fidelora.training.run_folder import read_run
-    from fidelora.weights.locate import is_local, is_portable
 
     run = read_run(run_folder)
     if run.full_models:
@@ -81,10 +82,14 @@ def recipe(
         if plan.has_random_seed:
             prompt["seed"] = RANDOM_SEED
     typer.echo(json.dumps(request, indent=2, ensure_ascii=False))
-    base = _BUNDLED.get(run.base_model, run.base_model)
+    base = BUNDLED_BASES.get(run.base_model, run.base_model)
     where = ""
-    if not (is_local(base) or is_portable(base)):
-        where = f", where BASE is your copy of {base}, which does not exist on this machine,"
+    if not _is_known(base, run.model):
+        where = (
+            f", where BASE is the base model of the run (a diffusers folder, a .safetensors "
+            f"checkpoint or a hub id; the trainer's name of it, {base}, was not found on this "
+            "machine),"
+        )
         base = "BASE"
     adapter = run.training_adapter
     if adapter and not Path(adapter).expanduser().is_file():
@@ -118,8 +123,15 @@ def recipe(
         )
 
 
-_BUNDLED = {"golden/miniature": "fidelora:miniature"}
-"""Base models that are part of the package, by their names in configurations of training runs."""
+def _is_known(base: str, model: str) -> bool:
+    """True if a base model is on this machine, or the one from the hub that a family uses."""
+    from fidelora.training.base_advice import BUNDLED_BASES
+    from fidelora.weights.locate import cached, is_local
+
+    spec = get_family(model)
+    on_hub = base in (spec.base_model, *spec.base_aliases)
+    # Any other name with one slash may be a path of the trainer's machine.
+    return is_local(base) or on_hub or base in BUNDLED_BASES.values() or cached(base) is not None
 
 
 def _variables(run: TrainingRun, adapter: str) -> str:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fidelora.atomic import make_folder, write_atomically
-from fidelora.cli.console import progress_bar, reserve_exit_code_1, warn
+from fidelora.atomic import write_atomically
+from fidelora.cli.console import make_output_folder, progress_bar, reserve_exit_code_1, warn
 from fidelora.cli.engines import ImageMaker, image_maker
 from fidelora.cli.options import (
     DEVICE_PANEL,
@@ -45,12 +45,17 @@ def replay(
     lora: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="LoRA that the image was made with, under any file name."
+            metavar="FILE",
+            help="LoRA that the image was made with. Its file name matters only for images of "
+            "other programs.",
         ),
     ] = None,
     lora_dir: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR", help="Folder to search for LoRAs by their hashes."),
+        typer.Option(
+            metavar="DIR",
+            help="Folder to search for LoRAs, by hash, or by name for images of other programs.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -296,7 +301,7 @@ def _output_path(image: Path, out: Path | None) -> Path:
 
     if out is not None:
         format_of(out)
-        make_folder(out.expanduser().parent)
+        make_output_folder(out.expanduser().parent)
         return out.expanduser()
     path, count = image.with_stem(f"{image.stem}_again"), 1
     format_of(path)

@@ -137,7 +137,8 @@ def _serve_locally(device: str, offload: str, idle_min: float | None) -> None:
     engine = make_engine(device, offload)
     from fidelora.resident.serve import ResidentServer
 
-    # Relative names in recipes refer to the folder of a command, so leave this folder.
+    # Paths in recipes may be relative to the folder of a command. Leave the current folder, so that
+    # they are not found here by accident.
     os.chdir(Path(path.anchor))
     server = ResidentServer(engine, path, None if idle_min is None else 60 * idle_min)
     stop = threading.Event()

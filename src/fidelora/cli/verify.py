@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from fidelora.atomic import make_folder, write_atomically
+from fidelora.atomic import write_atomically
 from fidelora.cli import verify_options as options
-from fidelora.cli.console import fail, make_engine, progress_display, reserve_exit_code_1, warn
+from fidelora.cli.console import (
+    fail,
+    make_engine,
+    make_output_folder,
+    progress_display,
+    reserve_exit_code_1,
+    warn,
+)
 from fidelora.cli.options import AsJson, ConfigFolder, Debug, Device, RunFolder, Variant
 from fidelora.cli.verify_output import TABLE_HEAD, document_of, print_result, table_row
 from fidelora.errors import NothingToCheckError
@@ -61,7 +68,7 @@ def verify(
     run, steps = _read_run(run_folder, step, training_adapter, trainer_version)
     for folder in (report, save_images):
         if folder is not None:
-            make_folder(folder)
+            make_output_folder(folder)
     for sentence in incomplete_parts(run):
         warn(sentence)
 
@@ -93,22 +100,30 @@ def verify(
             f"Training run {printable(run.name)}: sampler {run.sampler}, "
             f"{dtype.value if dtype is not options.DtypeOption.JOB else run.dtype}."
         )
+    from fidelora.training.base_advice import advice_on_base
     from fidelora.training.doctor import diagnose
     from fidelora.training.evidence import Verdict
     from fidelora.training.verify import verify as verify_run
     from fidelora.training.verify import worst_verdict
 
     engine = make_engine(device)
-    if not as_json:
-        typer.echo(TABLE_HEAD)
-    with progress_display(as_lines=progress_lines) as show:
+    rows = 0
+
+    def print_row(sample: CheckedSample) -> None:
+        nonlocal rows
+        if not rows:
+            typer.echo(TABLE_HEAD)
+        rows += 1
+        typer.echo(table_row(sample))
+
+    with progress_display(as_lines=progress_lines) as show, advice_on_base(run, base_model):
         samples = verify_run(
             run,
             engine,
             steps,
             base_model=base_model,
             changes=changes,
-            on_sample=None if as_json else lambda sample: typer.echo(table_row(sample)),
+            on_sample=None if as_json else print_row,
             on_progress=show,
         )
     if save_images is not None:

@@ -123,7 +123,7 @@ Tolerance = Annotated[
     typer.Option(
         min=0,
         metavar="LEVELS",
-        help="Largest accepted mean difference from the expected picture, in levels of 255; by "
+        help="Largest accepted mean difference from the expected picture, in levels (0..255); by "
         "default 1 for A1111 and ComfyUI, whose pictures are simulated, and 0 otherwise.",
         rich_help_panel=AGAINST_PANEL,
     ),
@@ -149,7 +149,9 @@ ReportFolder = Annotated[
 ImageFolder = Annotated[
     Path | None,
     typer.Option(
-        metavar="DIR", help="Write the replayed samples to this folder, as STEP_INDEX.png."
+        metavar="DIR",
+        help="Write the replayed samples to this folder, as STEP_INDEX.png; with --against, in the "
+        "server's format.",
     ),
 ]
 ProgressLines = Annotated[

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
+
 from fidelora.adapters.module_names import is_original_name
 from fidelora.adapters.read import Adapter
 from fidelora.adapters.targets import Targets
-from fidelora.engine.other_families import other_family
+from fidelora.engine.other_families import made_for_other, other_family
 from fidelora.errors import AdapterMismatchError
 from fidelora.families import Family, Part, all_families, get_family
 from fidelora.weights.configs import read_config
@@ -21,7 +23,7 @@ from fidelora.weights.strict import empty_part
 
 @dataclass(frozen=True)
 class FamilyFit:
-    """Comparison of an adapter with a base model, by default that of a family.
+    """Comparison of an adapter with a given base model, or with the default one of a family.
 
     Attributes:
         model: id of the family; empty if no family has any of the modules.
@@ -63,7 +65,7 @@ def best_family(adapter: Adapter) -> FamilyFit:
 
 
 def is_named(adapter: Adapter, fit: FamilyFit) -> bool:
-    """Return True if the metadata names the family of `fit`, which has most of the modules."""
+    """Return True if the metadata names the family of `fit` and it has most of the modules."""
     versions = get_family(fit.model).adapter_base_versions
     made_for = adapter.metadata.get("ss_base_model_version", "")
     return made_for in versions and fit.matched * 2 > size_of(adapter)
@@ -86,8 +88,8 @@ def explain_mismatch(
     """Return an error that names the adapter's family if its metadata or modules identify it.
 
     Otherwise `error` is returned. Metadata takes precedence. Names of the original code, and names
-    that also exist in `spec`, do not identify a family unless the shapes match, too. The error also
-    names other models, which are not supported.
+    that also exist in `spec`, do not identify a family unless the shapes match, too. The error can
+    also name a model that Fidelora does not support.
     """
     made_for = adapter.metadata.get("ss_base_model_version", "")
     if made_for in spec.adapter_base_versions:
@@ -122,18 +124,17 @@ def unsupported_family(adapter: Adapter, fit: FamilyFit) -> str:
     if adapter.is_embedding or fit.same_shapes == size_of(adapter):
         return ""
     versions = [one for family in all_families().values() for one in family.adapter_base_versions]
-    return other_family(adapter, versions)
+    widths = {module: _width(adapter, module) for module in adapter.modules}
+    return other_family(adapter.metadata.get("ss_base_model_version", ""), widths, versions)
 
 
-def made_for_other(title: str) -> str:
-    """Return the predicate of an error message about an adapter for a model that is not supported.
-
-    The subject, such as the file's name, goes before it.
-    """
-    return (
-        f"is an adapter for {title}, which is not supported. Use an adapter for one of the models "
-        "that `fidelora models` lists."
-    )
+def _width(adapter: Adapter, module: str) -> int:
+    """Return the input width of a module; 0 if only its bias changes."""
+    delta = adapter.deltas.get(module)
+    if delta is None:
+        return 0
+    shape = delta.shape_for(torch.Size((0, 0)))
+    return shape[1] if len(shape) > 1 else 0
 
 
 def check_family(adapter: Adapter, spec: Family) -> str | None:
@@ -178,7 +179,10 @@ def _named_family(made_for: str) -> Family | None:
 def _other_family_error(adapter: Adapter, other: Family, spec: Family) -> AdapterMismatchError:
     return AdapterMismatchError(
         f"{adapter.name} is an adapter for {other.title}, but the base model is of family "
-        f"{spec.title}. Use the adapter with model {other.id}."
+        f"{spec.title}. Use the adapter with model {other.id}. On the command line, that is "
+        f"`--model {other.id}`, with `--base-model BASE` for your own base model. A request to a "
+        f'server names it with "model": "{other.id}"; start the server with '
+        f"`--base-model {other.id}=BASE`, or set it in FIDELORA_BASE_MODEL."
     )
 
 

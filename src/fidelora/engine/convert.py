@@ -25,9 +25,9 @@ from fidelora.adapters.write import (
 from fidelora.engine.adapter_family import (
     best_family,
     default_targets,
-    made_for_other,
     unsupported_family,
 )
+from fidelora.engine.other_families import made_for_other
 from fidelora.errors import AdapterConversionError
 from fidelora.families import Family, all_families, get_family
 from fidelora.texts import listed
@@ -217,7 +217,8 @@ def _divided(
     The output rows of a fused LoRA are divided among its targets.
 
     Raises:
-        AdapterConversionError: a fused module is of another kind, or has other shapes.
+        AdapterConversionError: a fused module is not a LoRA, or has other shapes than the default
+            base of the family.
     """
     if len(targets) == 1:
         return [tensors]
@@ -241,10 +242,10 @@ def _scale(adapter: Adapter, module: str) -> float:
 
 
 def _original_paths(family: Family, *, has_same_shapes: bool) -> dict[str, str]:
-    """Return the paths in the original code by name of the target, where they differ.
+    """Return the path in the original code of each target whose own path is different.
 
-    Where these paths number the blocks consecutively (`Part.numbers_blocks`), they depend on the
-    base model. They are left out unless all shapes are those of the family's default base.
+    Paths that number the blocks consecutively (`Part.numbers_blocks`) depend on the base model.
+    They are left out unless all shapes are those of the family's default base.
     """
     originals: dict[str, str] = {}
     for part in family.parts:

@@ -23,6 +23,7 @@ from fidelora.engine.image_environment import image_environment
 from fidelora.engine.inputs import decode, denoiser_settings, encode, schedule, size_of
 from fidelora.engine.loaded import LoadedModels
 from fidelora.engine.model import LoadedModel
+from fidelora.engine.phase_clock import PhaseClock
 from fidelora.errors import DeviceError, EngineBusyError, MemoryExhaustedError, RecipeError
 from fidelora.families import get_family
 from fidelora.families.protocols import ExtendableText
@@ -42,7 +43,7 @@ class Progress:
     """Progress of an image or a batch.
 
     Attributes:
-        step: number of finished steps; a half-finished step of a second-order sampler counts.
+        step: number of finished steps; half a step of a second-order sampler counts as a whole.
         steps: number of all steps.
         seconds: seconds since the first step began.
         preview: function that returns a preview, uint8 RGB [height / 8, width / 8, 3].
@@ -63,8 +64,8 @@ class Progress:
 
 OnStep = Callable[[Progress], None]
 """Callback that runs after every evaluation of the denoiser: once per step with most samplers, up
-to twice with second-order samplers. If it raises an exception, by convention
-`GenerationCancelled`, the generation ends and the engine stays usable."""
+to twice with second-order samplers, steps + 1 times with `pndm`. If it raises an exception, by
+convention `GenerationCancelled`, the generation ends and the engine stays usable."""
 
 
 class Engine:
@@ -133,20 +134,28 @@ class Engine:
         latest = self._models.latest
         return latest.merged.adapters if latest else frozenset()
 
-    def load(self, recipe: Recipe) -> None:
+    def load(self, recipe: Recipe) -> dict[str, float]:
         """Load the base model and adapters of `recipe`, so that `generate` starts without delay.
 
         On a device whose fast path is compiled, a `fast` recipe also compiles the model.
+
+        Returns:
+            seconds of each phase: `load` (the base model, and compiling it), `read` (adapters that
+            were not in memory), `adapters` (merging them).
 
         Raises:
             BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable.
             DeviceError: the recipe is `fast`, which this device or family does not support.
         """
         with self._computing():
-            model = self._models.get(recipe)
-            with with_adapters(model, recipe, bind(model, recipe, self.adapters)):
+            clock = PhaseClock()
+            model, bound = self._load(recipe, clock)
+            with with_adapters(model, recipe, bound):
+                clock.lap("adapters")
                 for images in {1, self.max_batch(recipe)}:
                     model.warm_up(images, *denoiser_settings(recipe))
+            clock.lap("load")
+        return clock.laps
 
     def initial_embedding(self, recipe: Recipe, words: str, tokens: int) -> dict[str, Tensor]:
         """Return the embedding with which the trainer starts, from the base model of `recipe`.
@@ -199,9 +208,9 @@ class Engine:
             scheduler_options: values that replace those of the sampler's configuration, such as
                 `steps_offset`, to find out how another program made an image. They are not stored
                 in the recipe or the image's record.
-            jitter: seed of a random change of the initial latents by half a unit in the last place
-                of the recipe's dtype, to find out how far rounding errors change the image; no
-                change in float32.
+            jitter: seed of a random change of the initial latents by about half a unit in the last
+                place of the recipe's dtype, to find out how far rounding errors change the image.
+                Without effect in float32.
 
         Raises:
             BaseModelError, AdapterError, WeightsFileError: a file is missing or unsuitable, or the
@@ -236,8 +245,8 @@ class Engine:
     def generate_jittered(self, recipes: Sequence[Recipe], jitter: int) -> list[GeneratedImage]:
         """Make several images in half precision in one batch, in any fidelity.
 
-        The batch changes the last bits, which is why `exact` images have no batches elsewhere. Here
-        `jitter` replaces all rounding errors by random ones anyway; see `generate`.
+        A batch changes the last bits, which is why other methods make `exact` images one by one. It
+        does no harm here, because `jitter` changes all rounding errors anyway; see `generate`.
 
         Raises:
             RecipeError: the recipes differ in more than prompts and seed, or are in float32.
@@ -281,10 +290,8 @@ class Engine:
         common = recipes[0]  # the recipes differ only in prompts and seed
         guidance, size, dtype = denoiser_settings(common)
         with self._computing():
-            clock = _Clock()
-            model = self._models.get(common)
-            bound = bind(model, common, self.adapters)
-            clock.lap("load")
+            clock = PhaseClock()
+            model, bound = self._load(common, clock)
             try:
                 with with_adapters(model, common, bound):
                     clock.lap("adapters")
@@ -323,6 +330,14 @@ class Engine:
             )
             for pixels, recipe, one in zip(images, recipes, encoded, strict=True)
         ]
+
+    def _load(self, recipe: Recipe, clock: PhaseClock) -> tuple[LoadedModel, Bound]:
+        """Return the base model and adapters of a recipe; note the seconds of `load` and `read`."""
+        model = self._models.get(recipe)
+        clock.lap("load")
+        bound = bind(model, recipe, self.adapters)
+        clock.lap("read")
+        return model, bound
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -381,15 +396,3 @@ def _memory_errors() -> Iterator[None]:
         if "can't allocate memory" in str(error):
             raise MemoryExhaustedError from error
         raise
-
-
-class _Clock:
-    """Stopwatch whose `lap` records the seconds since the previous lap."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.monotonic()
-
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
-        self.laps[name], self._last = now - self._last, now

@@ -34,8 +34,9 @@ def weight_bytes(recipe: Recipe, device: str) -> int:
         device: name of the device (`resolve_device`).
 
     Returns:
-        the size; 0 if the device is not, or may not be, the CPU; if parts of the base model are not
-        on this machine; or if its files cannot be used, which the engine reports later.
+        the size, or 0 if it is not known: if the device may be a GPU, if weights are quantised, if
+        the recipe has its own VAE, if parts of the base model are not on this machine, or if its
+        files cannot be used (the engine then raises the error).
     """
     if not is_cpu(device):
         return 0
@@ -52,6 +53,7 @@ def weight_bytes(recipe: Recipe, device: str) -> int:
         return 0
     sizes = {part.name: _BYTES[getattr(recipe, part.precision)] for part in family.parts}
     if recipe.fidelity == "fast":
-        # Float32 if the processor does not multiply bfloat16, which only torch can tell.
+        # Assumes bfloat16. A processor that cannot multiply it uses float32, but that is not known
+        # before torch is loaded.
         sizes |= {part.name: 2 for part in family.parts if part.role != "text_encoder"}
     return sum(counts[name] * size for name, size in sizes.items())

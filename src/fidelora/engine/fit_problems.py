@@ -12,11 +12,11 @@ from fidelora.adapters.targets import repeated_modules, text_encoder_advice
 from fidelora.engine.adapter_family import (
     FamilyFit,
     is_named,
-    made_for_other,
     metadata_note,
     size_of,
     unsupported_family,
 )
+from fidelora.engine.other_families import made_for_other
 from fidelora.families import get_family
 from fidelora.loras.describe import AdapterSummary
 from fidelora.recipe import short_name
@@ -35,8 +35,8 @@ _FAMILIES = {
     "FLUX": ("FLUX.1", ("double_blocks", "single_blocks", "single_transformer_blocks")),
     "Wan": ("", ("blocks_0_self_attn_q", "blocks.0.self_attn.q")),
 }
-"""By name of the model: the title of its family (empty if it is not supported), and substrings of
-its module names. Used only to suggest the model of an unusable file."""
+"""By name of the model: the title of its family (empty if several families have these names), and
+substrings of its module names. Used only to suggest the model of an unusable file."""
 
 _ORIGINAL_NAMES = (
     "those of the original code, which Stable Diffusion 1.5, SDXL, the SDXL refiner and distilled "
@@ -83,7 +83,7 @@ def base_problems(adapter: Adapter, fit: FamilyFit, base_model: str) -> Iterator
 
 
 def fit_problems(adapter: Adapter, summary: AdapterSummary, fit: FamilyFit) -> Iterator[Problem]:
-    """Yield a problem if the adapter fits no supported family, or not its default base."""
+    """Yield a problem if the adapter does not fit the default base of any supported family."""
     total = size_of(adapter)
     if adapter.is_embedding:
         yield from _embedding_fit_problems(adapter, fit)
@@ -131,8 +131,8 @@ def _no_shape(fit: FamilyFit) -> str:
     """Return a note about an adapter whose modules all have other shapes than the default base."""
     return (
         f"The modules with these names have other shapes in {get_family(fit.model).title}, so the "
-        "adapter fits only the base model that it was trained on. Set --base-model to that one to "
-        "compare them."
+        "adapter fits only the base model that it was trained on. To compare the adapter with that "
+        "model, set --base-model."
     )
 
 

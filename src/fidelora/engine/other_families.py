@@ -11,10 +11,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-
-from fidelora.adapters.read import Adapter
-
 _VERSIONS: Mapping[str, str] = {
     "sd_2.1": "Stable Diffusion 2",
     "sd_v2": "Stable Diffusion 2",
@@ -73,8 +69,8 @@ class _Rule:
 def _rule(title: str, pattern: str, *widths: int) -> _Rule:
     """Return a rule; `/` in the pattern stands for the separator in names of modules, `.` or `_`.
 
-    `transformer.blocks` and `transformer_blocks` are different modules, which only names with
-    underscores everywhere do not distinguish.
+    Write `_` where it is part of a name: `transformer_blocks` and `transformer.blocks` are
+    different modules. (In files that use `_` as the separator, they look the same.)
     """
     return _Rule(title, re.compile(pattern.replace("/", "[._]")), frozenset(widths))
 
@@ -129,37 +125,41 @@ _UNET_RULES = (
 """Signs of models with a UNet, in which the names are those of Stable Diffusion 1.5 and XL."""
 
 
-def other_family(adapter: Adapter, supported_versions: Iterable[str]) -> str:
+def other_family(
+    made_for: str, widths: Mapping[str, int], supported_versions: Iterable[str]
+) -> str:
     """Return the title of the model that an adapter was made for; "" if it is not recognised.
 
     Call it only for an adapter that does not fit: supported families share names with some of
     these models.
 
     Args:
+        made_for: `ss_base_model_version` in the adapter's metadata; empty if there is none.
+        widths: input width of each module of the adapter; 0 if only its bias changes.
         supported_versions: values of `ss_base_model_version` of the supported families. If the
             metadata names one of them, names of modules are not considered.
     """
-    made_for = adapter.metadata.get("ss_base_model_version", "")
     if made_for in _VERSIONS:
         return _VERSIONS[made_for]
     if made_for in supported_versions:
         return ""
-    for module in adapter.modules:
-        width = _width(adapter, module)
+    for module, width in widths.items():
         for rule in _UNET_RULES if _UNET_BLOCK.search(module) else ():
             if rule.matches(module, width):
                 return rule.title
-    others = [module for module in adapter.modules if not _UNET_BLOCK.search(module)]
+    others = [module for module in widths if not _UNET_BLOCK.search(module)]
     for rule in _RULES:
-        if any(rule.matches(module, _width(adapter, module)) for module in others):
+        if any(rule.matches(module, widths[module]) for module in others):
             return rule.title
     return ""
 
 
-def _width(adapter: Adapter, module: str) -> int:
-    """Return the input width of a module; 0 if only its bias changes."""
-    delta = adapter.deltas.get(module)
-    if delta is None:
-        return 0
-    shape = delta.shape_for(torch.Size((0, 0)))
-    return shape[1] if len(shape) > 1 else 0
+def made_for_other(title: str) -> str:
+    """Return the predicate of an error message about an adapter for a model that is not supported.
+
+    The subject, such as the file's name, goes before it.
+    """
+    return (
+        f"is an adapter for {title}, which is not supported. Use an adapter for one of the models "
+        "that `fidelora models` lists."
+    )

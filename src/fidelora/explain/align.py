@@ -145,7 +145,7 @@ def _distance(plan: PlannedSample, pixels: Pixels) -> float:
 
 
 def same_file(used: UsedModel, own: str) -> bool | None:
-    """Return True if a model is a file with this hash, False if not, None if it is unknown."""
+    """Return True if the file `own` has the hash of `used`, False if not, None if unknown."""
     path = Path(own)
     if not used.hash or not own or not path.is_file():
         return None

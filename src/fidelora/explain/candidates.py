@@ -166,8 +166,8 @@ class Candidates:
         """Yield axes for the settings that the file does not contain.
 
         Args:
-            doubts: True to yield all axes, because the settings in the file do not explain the
-                picture.
+            doubts: True to also yield axes for some settings that the file does contain, because
+                these do not explain the picture.
         """
         reading = self.reading
         sampling_known = sampling_of(reading, self.spec) is not None

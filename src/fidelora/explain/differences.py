@@ -31,7 +31,8 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
 by less than a level."""
 
 _FIELDS_OF_STEP_NOISE = ("step_noise", "seed_delta")
-"""Fields of the cause `noise` that belong to the sampler if the trainer's draws no numbers."""
+"""Fields of the cause `noise` that are not compared if the trainer's sampler draws no random
+numbers in its steps."""
 
 CAUSES = (
     "prompt", "trigger", "negative_prompt", "lora", "sampler", "schedule", "steps", "guidance",
@@ -40,7 +41,7 @@ CAUSES = (
 )  # fmt: skip
 """Causes of differences. `trigger`: the prompts differ in the trigger word only. `schedule`: the
 noise levels of the same sampler. `upsampling`: the UNet at sizes that are not multiples of 64.
-`noise`: the random numbers of the same seed."""
+`noise`: other random numbers from the same seed."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Difference:
     Attributes:
         cause: one of `CAUSES`.
         theirs, ours: the setting in the other program and in training, in words.
-        effect: increase in levels of the mean difference of the nearest simulated image, with the
-            trainer's setting; None if it was not measured.
+        effect: by how many levels the nearest simulated image would differ more from the picture
+            with the trainer's setting (mean difference); None if it was not measured.
         advice: what to set in the other program; empty if nothing can be set.
         is_in_file: True if the picture's file names the setting.
         is_always: True if the program always does this, whatever its user sets.
@@ -222,5 +223,5 @@ def advice_for(cause: str, trainer: Simulation, program: Program, lora: str) -> 
     if cause == "upsampling":
         return f"{where}: multiples of 64, in training as well; other sizes always differ."
     if cause in ("sampler", "schedule"):
-        return ""  # no advice: a note names the nearest sampler of the program
+        return ""  # `explain` adds the nearest sampler of the program
     return f"{where}: {described(trainer, cause, program)}."

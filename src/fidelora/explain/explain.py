@@ -254,7 +254,7 @@ class _Explainer:
                 start = search.joint(start, joint)
         nearest = candidates.normal(search.descend(start, list(candidates.axes())))
         if search.distance(nearest) > _DOUBTED_LEVELS:
-            self._task = "doubting the settings in the file"
+            self._task = "trying other values than those in the file"
             doubted = search.descend(nearest, list(candidates.axes(doubts=True)))
             nearest = candidates.normal(doubted)
         return nearest
@@ -262,7 +262,7 @@ class _Explainer:
     def _without_ineffective(
         self, nearest: Simulation
     ) -> tuple[Simulation, list[tuple[str, float]]]:
-        """Return a simulation without differences of no effect, and the effects of the others.
+        """Return the simulation without ineffective differences, and the effects of the others.
 
         A setting is reset to the trainer's value if that does not increase the distance from the
         picture. The effect of a cause is the increase of the distance when its settings are reset.

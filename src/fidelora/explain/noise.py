@@ -21,8 +21,8 @@ Device = Literal["cpu", "gpu"]
 StepNoise = Literal["continued", "cpu_next_seed", "cpu_same_seed", "gpu"]
 """Numbers that are drawn during sampling. `continued`: the next numbers of the generator of the
 initial noise, as in diffusers and A1111. The others are those of a new generator, as in ComfyUI:
-`gpu` on a GPU; on the CPU `cpu_same_seed` up to the version 0.3.64 at least, which adds the initial
-noise again, and `cpu_next_seed`, with the seed plus one, in later versions."""
+`gpu` if it runs on a GPU; on the CPU, versions up to at least 0.3.64 use `cpu_same_seed` (the
+initial noise is added again), and later ones `cpu_next_seed` (seed plus one)."""
 
 
 class _Generator(Protocol):

@@ -224,8 +224,8 @@ ALGORITHMS: Mapping[str, str] = {
 }
 """Name of the algorithm in ComfyUI's spelling by name of a sampler of diffusers."""
 
-# Spacing of timesteps with the configuration in SD 1.5's folder, which names no spacing: the
-# default of each scheduler class of diffusers.
+# Samplers whose scheduler class in diffusers uses the spacing `linspace` if the configuration names
+# no spacing, as in SD 1.5's folder.
 _LINSPACE_BY_DEFAULT = frozenset(
     {
         "euler", "k_euler", "euler_a", "lms", "k_lms", "heun", "dpm_2", "dpm_2_a", "dpmsolver++",

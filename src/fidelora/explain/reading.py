@@ -58,7 +58,6 @@ class Reading:
         noise_source: `cpu` or `gpu`; where the initial noise was drawn.
         seed_delta: see `SimulatedNoise`.
         batch, index: number of images that were made from one seed, and position among them.
-        zero_negative: True if an empty negative prompt has embeddings of zeros.
         loras: LoRAs in the order in which they were applied; None if they are unknown.
         dtype: precision of the denoiser.
         unsupported: sentences about settings that change the picture and are not simulated.
@@ -96,7 +95,7 @@ class Reading:
 
 
 def stem(name: str) -> str:
-    """Return the name of a file without folders, of either operating system, and suffix."""
+    r"""Return the name of a file without its suffix and its folders (separated by `/` or `\`)."""
     last = name.replace("\\", "/").rsplit("/", 1)[-1]
     for suffix in (".safetensors", ".ckpt", ".pt", ".bin", ".sft"):
         last = last.removesuffix(suffix)

@@ -180,7 +180,7 @@ _SECOND_ORDER_IN_THE_MIDDLE = frozenset({"dpm_2", "dpm_2_ancestral"})
 
 
 def sigmas_of(levels: NoiseLevels, sampler: str, schedule: str, steps: int) -> Levels:
-    """Return the levels of a sampler, one more than steps; the last one is usually 0.
+    """Return the levels of a sampler, usually `steps` + 1; the last one is usually 0.
 
     Raises:
         KeyError: `schedule` is not one of `SCHEDULES`.

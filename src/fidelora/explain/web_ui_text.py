@@ -192,7 +192,7 @@ def _fooocus(
 
 
 def _resources(resources: object) -> list[UsedLora]:
-    """Return the LoRAs in Civitai's list of resources, which have a name only in older pictures."""
+    """Return the LoRAs in Civitai's list of resources; only older pictures contain their names."""
     loras = []
     for one in resources if isinstance(resources, list) else ():
         if isinstance(one, Mapping) and str(one.get("type", "")).lower() in _LORA_TYPES:
@@ -222,6 +222,9 @@ def _size(text: str) -> tuple[int | None, int | None]:
 
 
 def _value(kind: Callable[[str], Any], text: str | None) -> Any:
+    """Return a number, also one with a decimal comma, or None."""
+    if text and kind is float:
+        text = re.sub(r"(?<=\d),(?=\d+$)", ".", text.strip())
     try:
         return kind(text) if text else None
     except ValueError:

@@ -25,7 +25,7 @@ _MAX_CACHED_CHUNKS = 128
 prompt without emphasis is one chunk."""
 
 _MAX_EXTENDED_TOKENIZERS = 4
-"""Number of tokenizers, extended by embeddings, to keep; copying a tokenizer takes 0.3 s."""
+"""Number of tokenizers with added embedding tokens to keep; copying a tokenizer takes 0.3 s."""
 
 RunEncoder = Callable[[Any, Tensor], tuple[Tensor, Tensor | None]]
 """Function that runs an encoder on token ids [1, 77], and returns hidden states [1, 77, width] and
@@ -46,7 +46,8 @@ class PromptEmbedding:
     Attributes:
         states: hidden states [1, 77, width]; with emphasis, a multiple of 77 tokens.
         cut: the end of the prompt that exceeds 77 tokens and has no effect; empty if all fits.
-        pooled: projection of the whole prompt [1, width]; None if the encoder has none.
+        pooled: pooled embedding [1, width]; with emphasis, that of the first chunk; None if the
+            encoder has none.
     """
 
     states: Tensor
@@ -62,7 +63,7 @@ class ClipEncoder:
 
     Args:
         device: device of the encoder.
-        run_encoder: `last_state` or `penultimate_state`.
+        run_encoder: `last_state`, `penultimate_state` or `pooled_output`.
     """
 
     def __init__(
@@ -273,7 +274,10 @@ def load_tokenizer(folder: Path | None, spec: Tokenizer, vocabulary: int | None)
 def _extended_tokenizer(
     tokenizer: CLIPTokenizer, added: Sequence[tuple[str, int]]
 ) -> CLIPTokenizer:
-    """Return a copy of a tokenizer with the tokens of embeddings, given as word and number.
+    """Return a copy of a tokenizer with the tokens of embeddings.
+
+    Args:
+        added: word and number of tokens of each embedding.
 
     Raises:
         AdapterMismatchError: a token exists already.

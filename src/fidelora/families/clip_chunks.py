@@ -107,7 +107,7 @@ def padded(tokenizer: CLIPTokenizer, chunk: Chunk, length: int) -> tuple[Tensor,
 
 
 def weighted(states: Tensor, weights: Tensor, emphasis: Emphasis) -> Tensor:
-    """Return the hidden states of a chunk with the weights of its tokens.
+    """Apply the weights of a chunk's tokens to its hidden states.
 
     Args:
         states: [1, 77, width].

@@ -106,8 +106,8 @@ def check_emphasis(name: str, prompt: str) -> None:
         name: name of the prompt's field.
 
     Raises:
-        RecipeError: the prompt switches words during sampling, combines prompts, or has a weight
-            that is not a number.
+        RecipeError: the prompt switches words during sampling, combines prompts, is weighted as a
+            whole, has too many open brackets, or has a weight that is too large or not a number.
     """
     found = [(_switch_in(prompt), "switches words during sampling")]
     if match := _AND.search(prompt):

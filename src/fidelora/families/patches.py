@@ -26,7 +26,7 @@ def grid(size: Size) -> tuple[int, int]:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Return latents [images, channels, 2 rows, 2 columns] as tokens.
+    """Return latents [images, channels, 2 * rows, 2 * columns] as tokens.
 
     Returns:
         [images, rows * columns, channels * 4]; the values of a channel are adjacent.

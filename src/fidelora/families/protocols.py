@@ -1,4 +1,4 @@
-"""Interface of model families: three protocols. A `Family` names its implementations of them."""
+"""Protocols of model families: text, denoiser and latents. A `Family` names its implementations."""
 
 from __future__ import annotations
 
@@ -161,7 +161,11 @@ class Latents(Protocol):
         """
 
     def preview(self, latents: Tensor, size: Size) -> NDArray[np.uint8]:
-        """Return a preview of unfinished latents [...] as uint8 RGB, without using the decoder."""
+        """Return a preview as uint8 RGB, without using the decoder.
+
+        Args:
+            latents: unfinished latents of one image, without the batch dimension.
+        """
 
 
 class TiledLatents(Latents, Protocol):

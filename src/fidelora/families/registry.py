@@ -31,6 +31,11 @@ _FAMILIES = (
 )  # fmt: skip
 
 
+def built_in_families() -> tuple[Family, ...]:
+    """Return the families of this package."""
+    return _FAMILIES
+
+
 @cache
 def all_families() -> Mapping[str, Family]:
     """Return all families by id: those of this package first, then those of entry points.

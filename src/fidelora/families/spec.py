@@ -90,7 +90,8 @@ class Part:
         role: every family has one decoder, and one denoiser or one for each stage.
         stage: the part of the schedule that a denoiser is used for; None for all of it, and for
             parts of other roles.
-        library: the package that has the class, `diffusers` or `transformers`.
+        library: the package that has the class: `diffusers`, `transformers`, or a module of this
+            project.
         class_name: name of the class, as in `model_index.json`.
         weights: the file name of the weights without its suffix.
         precision: the recipe field with its dtype.
@@ -113,15 +114,15 @@ class Part:
         numbers_blocks: True if `other_names` numbers blocks consecutively, so that the names depend
             on the base model's shape.
         accepted_names: maps module paths to names in other code, which adapter files may use, but
-            conversion does not write. A path has one name, or the names of several modules that
-            compute equal shares of its output rows, in order; a repeated name stands for several
-            shares. None if there are none.
+            conversion does not write. If the other code splits a module, its path has several
+            names: one for each equal share of the output rows, in order. A name is repeated if it
+            has several shares. None if there are no such names.
         fused_names: maps names of modules in the original code to the paths of the modules that
             share their output rows, in order; None if the family lacks such names.
         ignored_weights: suffixes of weights that files may contain but the part does not use.
         ignored_prefixes: prefixes of such weights.
-        config: values that replace those of the file, because the trainer's library behaved
-            differently from the installed one.
+        config: values that replace those of the configuration file, because the trainer's library
+            behaved differently from the installed one.
         implementation: "module:class" of the class that computes this part; empty if it is
             `class_name`. It accepts configurations of `class_name`.
         original: file or folder of this part in a folder of the model's original layout; empty if
@@ -199,7 +200,7 @@ class OlderTrainer:
     Attributes:
         before: the first release with today's behaviour.
         divisor: width and height were rounded down to a multiple of it; 0 for no difference.
-        guidance_offset: number that the recipe adds to the guidance scale of the configuration.
+        guidance_offset: the recipe's guidance scale minus that of the training configuration.
         sampler: the sampler that was used; empty for no difference.
     """
 

@@ -62,7 +62,7 @@ def split_rows(value: Tensor, rows: Sequence[int], key: str, name: str) -> tuple
     if sum(rows) != len(value) or min(rows) <= 0:
         raise BaseModelFilesError(
             f"{key} in {name} has {len(value)} rows, which do not fit the configuration. Set "
-            "config to the folder with its configurations."
+            "config to the folder with the model's configurations."
         )
     return tuple(piece.contiguous() for piece in torch.split(value, list(rows)))
 

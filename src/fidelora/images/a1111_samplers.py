@@ -14,7 +14,7 @@ AUTOMATIC, UNIFORM, KARRAS = "Automatic", "Uniform", "Karras"
 SGM_UNIFORM, TRAILING = "SGM Uniform", "Trailing"
 SCHEDULERS = (AUTOMATIC, UNIFORM, KARRAS, SGM_UNIFORM, TRAILING)
 """Names of schedulers. A1111 does not have `Trailing`, which selects the timestep spacing of that
-name; few-step LoRAs need it."""
+name; many few-step LoRAs need it."""
 
 _SPACINGS: Mapping[str, TimestepSpacing] = {
     "sgm uniform": "sgm_uniform",

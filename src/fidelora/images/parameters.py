@@ -33,8 +33,11 @@ from fidelora.texts import cleaned
 
 _NEGATIVE = "Negative prompt:"
 _PAIR = re.compile(
-    r'(?P<key>\w[\w \-/]{0,60}):\s*(?P<value>"(?:\\.|[^\\"])*"|\([^()]*\)|[^,]*)(?:,|$)'
+    r"(?P<key>\w[\w \-/]{0,60}):\s*"
+    r'(?P<value>"(?:\\.|[^\\"])*"|\([^()]*\)|-?\d+,\d+(?=\s*(?:,|$))|[^,]*)(?:,|$)'
 )
+_DECIMAL_COMMA = re.compile(r"(-?\d+),(\d+)")
+"""Number that a user or a program wrote in another language: `7,5`."""
 _FEWEST_PAIRS = 3
 """A last line with fewer pairs belongs to the prompt, as in the web UI."""
 _SETTINGS = "Steps: "
@@ -154,7 +157,7 @@ def split_parameters(text: str) -> TextParts:
     lines, last, added = _split(text.strip().replace("\r\n", "\n").split("\n"))
     last, objects = _without_objects(last)
     pairs = {
-        match["key"].strip(): _unquoted(match["value"].strip()) for match in _PAIR.finditer(last)
+        match["key"].strip(): _read_value(match["value"].strip()) for match in _PAIR.finditer(last)
     }
     start = next(
         (index for index, line in enumerate(lines) if line.lstrip().startswith(_NEGATIVE)),
@@ -321,6 +324,13 @@ def _quoted(value: str) -> str:
     return (
         json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ',:"\n') else value
     )
+
+
+def _read_value(value: str) -> str:
+    """Return a value without quotes, and a number with a decimal point instead of a comma."""
+    read = _unquoted(value)
+    number = _DECIMAL_COMMA.fullmatch(read)
+    return f"{number[1]}.{number[2]}" if number else read
 
 
 def _unquoted(value: str) -> str:

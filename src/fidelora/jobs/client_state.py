@@ -47,7 +47,7 @@ class Sessions(Protocol):
 
 
 class A1111State(Protocol):
-    """State of the clients of AUTOMATIC1111's API, whose calls name neither a job nor a model.
+    """State of the clients of AUTOMATIC1111's API: the model that they have set, and their jobs.
 
     An owner is the id of an API key, as in `Job.owner`. All methods are thread-safe.
     """

@@ -29,7 +29,7 @@ _RETRY_PAUSES_S = (2.0, 20.0)
 """Seconds before the second and the third attempt. A job that kills its worker then leaves time for
 other jobs, and a machine that is out of memory can recover."""
 MAX_RETRY_PAUSE_S = max(_RETRY_PAUSES_S)
-SILENT = "its worker sent no heartbeat until the lease expired"  # a reason for `abandoned`
+SILENT = "its worker stopped reporting"  # a reason for `abandoned`
 
 
 class Status(StrEnum):
@@ -108,7 +108,8 @@ class Job:
     Attributes:
         recipes: one complete recipe per image; adapters are identified by sha256.
         image_format: format of the files.
-        image_quality: 0..100, for JPEG and WebP files; None for JPEG at 95 and lossless WebP.
+        image_quality: 0..100, for JPEG and WebP files; None for the default, which
+            `GeneratedImage.encode` describes.
         attempts: number of claims, not counting released ones.
         epoch: number of the current or last claim.
         worker: name of the worker that holds the claim; empty without a claim.
@@ -116,8 +117,9 @@ class Job:
         retry_at: earliest time of the next attempt, set after a failed attempt. None before the
             first failed attempt, and while an attempt runs.
         cancel_requested: True if the job has to stop; its worker stops it after the current step.
-        timings: seconds of the last attempt by phase: `load`, `adapters`, `text` (prompts),
-            `denoise` and `decode`; empty until the job has succeeded.
+        timings: seconds of the last attempt by phase: `load` (base model), `read` (adapter files),
+            `adapters` (merging), `text` (prompts), `denoise` and `decode`; empty until the job has
+            succeeded.
         notes: sentences about values that the server chose, such as a LoRA's own trigger word.
         owner: id of the API key that submitted the job; empty on a server without keys, and for
             jobs of versions that did not store it.

@@ -110,7 +110,7 @@ class Queries:
         read_running: the readable jobs of workers whose names begin with a prefix.
         get: one job, and `now_s`.
         claim: the job that a worker claims, and `now_s`; see `JobStore.claim`. This query and the
-            next two take the parameter `device_kind`, and leave jobs for other kinds of devices in
+            next four take the parameter `device_kind`, and leave jobs for other kinds of devices in
             the queue. On PostgreSQL, the query also counts the claim.
         claim_due: the job that is due, and `now_s`.
         claim_one: one queued job, unless another claim has locked it, and `now_s`.

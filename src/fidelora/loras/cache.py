@@ -71,6 +71,7 @@ class AdapterCache:
         """Return the adapter with this hash, or None if it is missing or its file has changed.
 
         Raises:
+            AdapterChangedError: the object in the bucket has another hash.
             StorageError: the object store cannot be used.
         """
         path = self.path(sha256)

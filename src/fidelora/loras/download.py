@@ -89,10 +89,10 @@ def is_public(address: str) -> bool:
         if ip.ipv4_mapped is not None:
             return is_public(str(ip.ipv4_mapped))
         inner = [ip.sixtofour, *(ip.teredo or ())]
-    outside = ip.version == 4 or ip in _GLOBAL_UNICAST
+    is_assigned = ip.version == 4 or ip in _GLOBAL_UNICAST
     refused = any(ip.version == network.version and ip in network for network in _REFUSED_RANGES)
     return (
-        outside
+        is_assigned
         and ip.is_global
         and not ip.is_multicast
         and not refused

@@ -73,8 +73,8 @@ class FewStepLora:
 
     Attributes:
         name: file name without suffix, as published. Files that are published as
-            `pytorch_lora_weights` have the name of their repository, by which they are usually
-            renamed.
+            `pytorch_lora_weights` are listed by the name of their repository, to which users
+            usually rename them.
         model: the model family.
         sha256: hash of the published file, from the Git LFS pointer in its repository; empty if
             the pointer could not be read.

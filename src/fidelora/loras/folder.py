@@ -69,6 +69,29 @@ def adapter_path(root: Path, name: str, *, owner: str | None = None) -> Path:
     return path
 
 
+def request_name(root: Path, name: str, *, owner: str | None = None) -> str:
+    """Return the name of an adapter file in requests, which has its folder.
+
+    If there is no file `name`, and `name` has no folder, it is the file of this name in any folder.
+
+    Raises:
+        AdapterNameError: `adapter_path` refuses the name, or several folders have such a file.
+        AdapterNotFoundError: no folder has such a file.
+    """
+    try:
+        adapter_path(root, name, owner=owner)
+        return name
+    except AdapterNotFoundError:
+        found = [one for one in adapter_names(root, owner=owner) if PurePosixPath(one).name == name]
+        if not found:
+            raise
+    if len(found) > 1:
+        raise AdapterNameError(
+            f"Several adapters are called {name!r:.200}; use one of the paths {listed(found)}."
+        )
+    return found[0]
+
+
 def adapter_names(root: Path, *, owner: str | None = None) -> list[str]:
     """Return the sorted names of all adapter files under `root`, in the form used by requests.
 
@@ -84,7 +107,7 @@ def adapter_names(root: Path, *, owner: str | None = None) -> list[str]:
 
 
 def names_in_prompts(root: Path, *, owner: str | None = None) -> dict[str, str]:
-    """Map the name of each adapter file in prompts to its name in requests.
+    """Map the name that prompts use for each adapter file to the name that requests use.
 
     In prompts, a file is named without folder and suffix, and with `_` for characters that have a
     meaning in tags. If several files would have the same name in this way, they are named with

@@ -14,7 +14,7 @@ from fidelora.errors import (
 )
 from fidelora.loras.cache import AdapterCache
 from fidelora.loras.download import HUB, DownloadRules, download
-from fidelora.loras.folder import adapter_path, adapter_with_hash
+from fidelora.loras.folder import adapter_path, adapter_with_hash, request_name
 from fidelora.loras.hub import HubFile
 from fidelora.loras.shared import SharedLoras
 from fidelora.loras.uploads import is_foreign_upload
@@ -61,7 +61,8 @@ class AdapterResolver:
         """Return the adapter from `source`, after putting its file into the cache.
 
         Args:
-            source: path relative to the root, `https://...`, or `hf:owner/name/file.safetensors`,
+            source: path relative to the root (of an unambiguous file, also its name without
+                folders), `https://...`, or `hf:owner/name/file.safetensors`,
                 optionally with `@revision`.
             owner: id of the API key for which the adapter is resolved; uploads of other keys are
                 not found. None to find the uploads of all keys.
@@ -75,6 +76,8 @@ class AdapterResolver:
             AdapterDownloadError: the download failed.
             AdapterChangedError: the file's hash is not `sha256`.
             WeightsFileError, AdapterFormatError: according to its header, it is not an adapter.
+            OutputError: the file could not be put into the cache.
+            StorageError: the object store cannot be used.
         """
         remote = source.startswith("hf:") or _URL.match(source)
         if remote and sha256:
@@ -126,13 +129,13 @@ class AdapterResolver:
 
     def _from_root(self, name: str, owner: str | None) -> AdapterRef:
         try:
-            path = adapter_path(self._root, name, owner=owner)
+            name = request_name(self._root, name, owner=owner)
         except AdapterNotFoundError:
             if self._shared is None:
                 raise
             self._shared.refresh()  # it may just have been uploaded to another server
-            path = adapter_path(self._root, name, owner=owner)
-        return self._cache.add(path, name)
+            name = request_name(self._root, name, owner=owner)
+        return self._cache.add(adapter_path(self._root, name, owner=owner), name)
 
     async def _from_url(self, url: str, token: str | None) -> AdapterRef:
         async with self._downloads:

@@ -23,6 +23,7 @@ from fidelora.storage.bucket import Bucket, StoredObject
 log = logging.getLogger(__name__)
 
 _ADAPTERS, _LORAS = "adapters", "loras"
+_MAX_NAME_BYTES = 255  # limit of file systems for one part of a path; object stores allow 1,024
 _SUFFIX = ".safetensors"
 _STATE_FILE = ".object-store.json"
 
@@ -105,6 +106,7 @@ class SharedLoras:
         self._bucket = bucket
         self._root = root
         self._lock = threading.Lock()
+        self._without_place: set[str] = set()
 
     def refresh(self) -> None:
         """Download new and changed objects, and delete the copies of deleted ones.
@@ -120,6 +122,8 @@ class SharedLoras:
                 if (name := _name_of(one)) is not None
             }
             for name, one in objects.items():
+                if not self._has_place(name):
+                    continue
                 if copies.get(name) != one.tag or not (self._root / name).is_file():
                     self._download(name, one)
                     self._record({**self._copies(), name: one.tag})
@@ -153,6 +157,20 @@ class SharedLoras:
             self._bucket.delete([f"{_LORAS}/{name}"])
             self._record({key: tag for key, tag in self._copies().items() if key != name})
 
+    def _has_place(self, name: str) -> bool:
+        """True unless a file and a folder would have the same name; logs each such name once.
+
+        Object stores allow `a.safetensors` beside `a.safetensors/b.safetensors`.
+        """
+        target = self._root / name
+        folders = [parent for parent in target.parents if parent.is_relative_to(self._root)]
+        if target.is_dir() or any(folder.is_file() for folder in folders):
+            if name not in self._without_place:
+                self._without_place.add(name)
+                log.warning("not copied: %r is a file and a folder in the bucket", name)
+            return False
+        return True
+
     def _download(self, name: str, one: StoredObject) -> None:
         target = self._root / name
         make_folder(target.parent)
@@ -185,7 +203,13 @@ def _name_of(one: StoredObject) -> str | None:
     """Return the path of an object's copy in the adapter folder; None for other files."""
     name = one.key.removeprefix(f"{_LORAS}/")
     parts = name.split("/")
-    is_safe = all(part and not part.startswith(".") and "\0" not in part for part in parts)
+    is_safe = all(
+        part
+        and not part.startswith(".")
+        and "\0" not in part
+        and len(part.encode("utf-8", "replace")) <= _MAX_NAME_BYTES
+        for part in parts
+    )
     return name if is_safe and is_text(name) and name.lower().endswith(_SUFFIX) else None
 
 

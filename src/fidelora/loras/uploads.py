@@ -85,7 +85,7 @@ def _require(whose: str, used: int, size: int, limit: int, setting: str) -> None
 
 
 def _size_of(folders: Iterable[Path]) -> int:
-    """Return the bytes of all uploads in these folders, without unfinished ones."""
+    """Return the total size in bytes of the finished uploads in these folders."""
     total = 0
     for folder in folders:
         try:
@@ -121,7 +121,8 @@ def add_upload(
     """
     folder = _folder_of(owner)
     target = _upload(root, folder, name)
-    if printable(name) != name:  # not in `_upload`: older uploads with such names can be deleted
+    # `_upload` does not check this, so that older uploads with such names can be deleted.
+    if printable(name) != name:
         raise UploadNameError(
             f"{plain_message(name)} is not a valid name for an upload: it contains control "
             "characters or characters that change the direction of text. Rename the file."

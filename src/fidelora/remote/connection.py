@@ -72,7 +72,7 @@ class Connection:
         return urlsplit(self.base_url).netloc
 
     def find(self, path: str) -> Any:
-        """Return the JSON of a path; None if the server does not have the path.
+        """Return the JSON of a path; None if the response is another error, or not JSON.
 
         Raises:
             ApiError: the server requires another key, or redirects.
@@ -135,7 +135,8 @@ class Connection:
             )
         if status in (401, 403):
             raise ApiError(
-                f"{self.host} refused the key; set VERIFY_API_KEY to a valid one.", status=status
+                f"{self.host} requires a valid key; set the environment variable VERIFY_API_KEY.",
+                status=status,
             )
         if not response.is_success:
             kind = ApiUnavailableError if status in (429, 502, 503, 504) else ApiError

@@ -72,20 +72,20 @@ class RemoteProgram(ABC):
             ClientTimeoutError: the picture took too long.
         """
 
-    def _until(self, end: float) -> None:
+    def _pause(self, deadline: float) -> None:
         """Pause before the next poll.
 
         Raises:
-            ClientTimeoutError: the deadline `end` has passed.
+            ClientTimeoutError: the deadline has passed.
         """
-        if time.monotonic() >= end:
+        if time.monotonic() >= deadline:
             raise ClientTimeoutError(
                 f"{self._connection.host} did not make the picture in "
                 f"{self._connection.timeout_s:g} seconds; raise --timeout."
             )
         time.sleep(_POLL_S)
 
-    def _end(self) -> float:
+    def _deadline(self) -> float:
         return time.monotonic() + self._connection.timeout_s
 
 
@@ -114,12 +114,12 @@ class InferenceServer(RemoteProgram):
         request_id = _text(queued, "request_id")
         if request_id is None:
             raise one.unexpected("/v1/inference")
-        path, end = f"/v1/requests/{request_id}", self._end()
+        path, deadline = f"/v1/requests/{request_id}", self._deadline()
         while (status := _text(one.get(f"{path}/status"), "status")) != "succeeded":
             if status not in ("in_queue", "queued", "in_progress"):
                 error = _text(one.get(f"{path}/status"), "error") or "no message"
                 raise ApiError(f"{one.host}: the request ended as {status!r:.40}: {error:.200}.")
-            self._until(end)
+            self._pause(deadline)
         images = _at(one.get(f"{path}/result"), "outputs", "images")
         if not isinstance(images, list) or not images:
             raise one.unexpected(f"{path}/result")
@@ -240,9 +240,9 @@ class ComfyUIServer(RemoteProgram):
         prompt_id = _text(one.post("/prompt", {"prompt": workflow}), "prompt_id")
         if prompt_id is None:
             raise one.unexpected("/prompt")
-        path, end = f"/history/{prompt_id}", self._end()
+        path, deadline = f"/history/{prompt_id}", self._deadline()
         while not (entry := _at(one.get(path), prompt_id)):
-            self._until(end)
+            self._pause(deadline)
         if _at(entry, "status", "status_str") == "error":
             raise ApiError(f"{one.host}: ComfyUI could not run the workflow: {_failure(entry)}.")
         outputs = _at(entry, "outputs")

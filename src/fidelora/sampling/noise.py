@@ -50,7 +50,7 @@ class NoiseSource:
 
     @staticmethod
     def jittered(latents: Tensor, seed: int, dtype: torch.dtype) -> Tensor:
-        """Return `latents` changed at random by about half a unit in the last place of `dtype`.
+        """Return `latents` with random relative errors of at most half the epsilon of `dtype`.
 
         This changes all later rounding errors but not their typical size, as would a processor that
         rounds differently.
@@ -68,7 +68,7 @@ class NoiseSource:
     def drawing(self) -> Iterator[None]:
         """Make `torch.randn` draw this source's kind of noise until the block ends.
 
-        Samplers call it in their steps.
+        diffusers' schedulers call `torch.randn` in their steps.
         """
         if self._legacy:
             with _LegacyRandn():

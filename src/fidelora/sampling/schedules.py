@@ -182,8 +182,9 @@ class FlowSchedule:
     """Euler steps along a flow, from noise (sigma 1) to data (sigma 0).
 
     The order of operations and the dtypes are those of `FlowMatchEulerDiscreteScheduler` of
-    diffusers: the shift is computed in numpy's float32, everything after it in torch's float32.
-    Timesteps are 1000 times the sigmas.
+    diffusers: the shift is computed in numpy's float32 (float64 with `ends_at_zero` or
+    `ends_at_shifted_table`), everything after it in torch's float32. Timesteps are 1000 times the
+    sigmas.
 
     If the option `scheduler` is False, the order and the dtypes are those of pipelines without a
     scheduler: the shift is computed in torch's float32, each step in the dtype of the latents, and
@@ -225,7 +226,7 @@ class FlowSchedule:
             sigmas = torch.linspace(1.0, 0.0, steps + 1)
         if "dynamic_shift" in config:
             factor = math.exp(_shift_for(tokens, config["dynamic_shift"]))
-            # torch divides by multiplying with the reciprocal, which rounds twice.
+            # torch computes number / tensor as number * reciprocal, which rounds twice.
             shifted = factor / (factor + (1 / sigmas - 1) ** 1.0)
         else:
             shift = config["shift"]
@@ -273,7 +274,8 @@ def _evenly_spaced(config: Mapping[str, Any], steps: int) -> NDArray[Any]:
     `config`.
 
     The pipelines of diffusers compute them with torch in float32, or with numpy in float64. The
-    results differ in the last bit. If they end at 0, the scheduler computes them in float64.
+    results differ in the last bit. With `ends_at_zero` or `ends_at_shifted_table`, the scheduler
+    computes them in float64.
     """
     if config.get("ends_at_zero"):
         to_zero = np.linspace(_TRAINING_TIMESTEPS, 0, steps)

@@ -14,8 +14,8 @@ HEADER_TIMEOUT_S = 20.0
 """Seconds from the opening of a connection, or the first byte of a further request, to the end of
 the request's header."""
 BODY_TIMEOUT_S = 60.0
-"""Longest pause between two parts of a request's body, in seconds. Every body may also take this
-long as a whole, however slow the client is."""
+"""Longest pause between two parts of a request's body, in seconds. `MIN_BYTES_PER_S` applies to a
+body only after this time."""
 WRITE_TIMEOUT_S = 60.0
 """Seconds after which the connection of a client that does not read the response is closed."""
 MIN_BYTES_PER_S = 500
@@ -83,6 +83,8 @@ class LimitedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Handle bytes of a request, and set the time until which more bytes must arrive."""
         super().data_received(data)
+        if self.cycle is not None and _has_two_lengths(self.cycle):
+            self.cycle.keep_alive = False
         if self.cycle is None or self.cycle.response_complete:
             if self._deadline is None:  # later bytes of the same header do not extend the time
                 self._wait(HEADER_TIMEOUT_S)
@@ -159,3 +161,13 @@ class LimitedProtocol(H11Protocol):
         if now - LimitedProtocol._reported_s > HEADER_TIMEOUT_S:
             LimitedProtocol._reported_s = now
             log.warning(event, **fields)
+
+
+def _has_two_lengths(request: RequestResponseCycle) -> bool:
+    """True if a request has both `Transfer-Encoding` and `Content-Length`.
+
+    A proxy may have used the other one, so bytes after the body could be a request that the proxy
+    did not see. RFC 9112, section 6.1, requires to close the connection after the response.
+    """
+    names = {name for name, _ in request.scope["headers"]}
+    return {b"transfer-encoding", b"content-length"} <= names

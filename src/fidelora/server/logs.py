@@ -17,7 +17,7 @@ from fidelora.texts import shortened
 LogFormat = Literal["auto", "json", "text"]
 
 REPEAT_S = 10.0  # a library's warning is logged once in this time
-_LIBRARIES = ("uvicorn", "asyncio")
+_LIBRARIES = ("uvicorn", "asyncio", "gradio")
 _MAX_REMEMBERED = 1000  # number of warnings to remember; the memory is cleared when it is full
 _MAX_TRACEBACK_LINES = 200
 _SECRET_WORDS = ("token", "authorization", "api_key", "password")

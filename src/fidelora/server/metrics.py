@@ -105,13 +105,13 @@ class Metrics:
             self._queue_wait.observe(report.wait_s)
         if report.claim_s is not None:
             self._claim.observe(report.claim_s)
-        for part, histogram in (
-            ("load", self._load),
-            ("adapters", self._switch),
-            ("decode", self._decode),
+        for parts, histogram in (
+            (("load", "read"), self._load),
+            (("adapters",), self._switch),
+            (("decode",), self._decode),
         ):
-            if part in report.timings:
-                histogram.observe(report.timings[part])
+            if parts[0] in report.timings:
+                histogram.observe(sum(report.timings.get(part, 0.0) for part in parts))
         if report.steps and "denoise" in report.timings:
             self._step.observe(report.timings["denoise"] / report.steps)
         self._images.inc(report.images)

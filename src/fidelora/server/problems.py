@@ -87,7 +87,8 @@ REQUEST_CODES = {
     "NAME_INVALID": "A name in the request is too long for a file, or not supported by the disk.",
     "OTHER_SITE": "A browser sent this call from a page of another site.",
 }
-"""Codes of `RequestError`s, which carry their own code; the status is always 400."""
+"""Codes of errors that `_STATUS_AND_CODE` does not list. The status is 400, except 404 for
+MODEL_NOT_FOUND on OpenAI's paths."""
 
 _DESCRIPTIONS = {
     400: "The request is not supported or not valid",
@@ -107,7 +108,7 @@ _SECRET_FIELDS = {"hf_token"}
 
 
 def codes() -> dict[str, tuple[int, str]]:
-    """Return every error code with its status and meaning."""
+    """Return the codes of `REQUEST_CODES` and `_STATUS_AND_CODE`, with status and meaning."""
     request_codes = {code: (400, meaning) for code, meaning in REQUEST_CODES.items()}
     return request_codes | {
         code: (status, str(kind())) for kind, status, code in reversed(_STATUS_AND_CODE)

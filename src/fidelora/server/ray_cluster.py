@@ -50,7 +50,8 @@ class RayWorker:
             # Ray sets this variable to 1 for GPU workers. Use as many threads as outside of Ray.
             os.environ.pop("OMP_NUM_THREADS", None)
         configure_logs(settings.log_format, settings.debug)
-        # Returns the jobs of a killed actor of this name to the queue.
+        # A restarted actor has the same name, so `host.run` returns the jobs of the killed one to
+        # the queue.
         host = WorkerHost(settings, name)
         self._stop = threading.Event()
         threading.Thread(target=_exit_with_parent, name="watches-raylet", daemon=True).start()

@@ -114,8 +114,8 @@ class Bucket:
             raise output_error(f"{path.name} could not be read", error) from error
         with file, _storage_errors():
             try:
-                # Old servers do not support conditional multipart uploads, so a large object is
-                # looked up first.
+                # Old servers do not support conditional multipart uploads, so the key is looked up
+                # first.
                 if not replace and self.head(key) is not None:
                     return False
                 is_single = path.stat().st_size <= _CHUNK_BYTES

@@ -17,7 +17,8 @@ _PREFIX = "outputs"
 class ImageStore(Protocol):
     """Storage for files of images. A location is the absolute path or the s3:// URL of a file.
 
-    All methods raise `StorageError` if the folder or the object store cannot be used.
+    All methods except `location` raise `StorageError` if the object store cannot be used. In a
+    folder, `write`, `remove` and `check` raise it, and `read` returns None.
     """
 
     def write(self, name: str, content: bytes) -> str:

@@ -110,16 +110,19 @@ def _is_valid_step_count(recipe: Recipe, steps: int) -> bool:
 def grouped_by_setting(
     changes: Sequence[Sequence[Change]], max_samples: int, max_values: int
 ) -> list[dict[int, Change]]:
-    """Return the changes of one cause to samples with the same value, by index of the sample.
+    """Group the changes by cause and by value of the setting.
 
-    Samples with the same value probably take it from the same place, such as the sample block,
-    and a mistake there changes all of them and no other.
+    Samples with the same value probably take it from the same place, such as the sample block, and
+    a mistake there changes exactly these samples.
 
     Args:
         changes: the changes of each sample. Not every sample has every change: some have no
             guidance, and some no trigger word.
         max_samples: use the first samples of a group only, at most this many.
         max_values: use the largest groups of each cause only, at most this many.
+
+    Returns:
+        groups, each with the changes by index of the sample.
     """
     by_cause: dict[str, dict[float, dict[int, Change]]] = {}
     for index, sample_changes in enumerate(changes):

@@ -129,7 +129,7 @@ def _find_config(folder: Path) -> tuple[Path, tuple[str, ...]]:
         note = f"The folder has no config.yaml, so the configuration is read from {others[0].name}."
         return others[0], (note,)
     raise TrainingRunError(
-        f"{folder} has no config.yaml; set the output folder of an AI Toolkit training run."
+        f"{folder} has no config.yaml; give the output folder of an AI Toolkit training run."
         + config_advice(folder, [path.name for path in others])
     )
 
@@ -240,8 +240,8 @@ def _training_process(path: Path, processes: list[Any]) -> tuple[Any, tuple[str,
     if not trainers:
         kinds = ", ".join(f"process {_title(processes, index)}" for index in range(len(processes)))
         raise TrainingRunError(
-            f"{path} has no process with a model and a sample block, as training runs have "
-            f"({kinds}); set the output folder of a training run."
+            f"{path} has no process with a model block ({kinds}), so it is not the configuration "
+            "of a training run; give the output folder of a training run."
         )
     if len(trainers) == 1:
         return processes[trainers[0]], ()

@@ -129,9 +129,9 @@ def direction_test(
     Args:
         changes: for each sample, difference that the changed setting makes to the replayed image.
         limit: p value below which an amount counts as detected.
-        noise: for each sample, mean square of the rounding errors in `changes`, if these do not
-            depend on the replayed image; by default, the share of the effect is estimated from the
-            draws as above.
+        noise: for each sample, mean square of the rounding errors in `changes`, if these errors do
+            not depend on the replayed image. By default, the share of the effect is estimated from
+            the draws as above.
     """
     weights = [1 / _variance(sample.draws) for sample in samples]
     scale = sum(w * _dot(c, c) for w, c in zip(weights, changes, strict=True))

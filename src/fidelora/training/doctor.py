@@ -231,11 +231,11 @@ class _Search:
             self._identical = comparison.identical
 
     def estimate(self, change: Change) -> Iterator[Suspect]:
-        """Yield the recipe with a setting whose value is estimated from a small change of it.
+        """Yield suspects with an estimated value of one setting.
 
-        The difference of the sample is projected on the difference that the change makes, as in
-        `consistency.direction_test`. An estimate is wrong if another setting is, so the caller
-        tries it like other suspects.
+        The estimate comes from a small change of the setting: the difference of the sample is
+        projected on the difference that the change makes, as in `consistency.direction_test`. It is
+        wrong if a different setting is the cause, so the caller tries it like other suspects.
         """
         if self._identical or self._within_noise:
             return

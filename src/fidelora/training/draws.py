@@ -11,8 +11,8 @@ Three kinds of information can be lost:
 * the rounding of half precision on the trainer's processor: the initial latents are changed by
   less than one unit in the last place, which replaces all later rounding errors by others. Measured
   on Intel Cascade Lake for ten samples that AMD Zen 4 made in bfloat16: the samples had mean
-  differences of 0.20 to 1.35 levels. Those of such draws (the mean of four) were 0.80 to 1.27 times
-  as large.
+  differences of 0.20 to 1.35 levels. The draws of a sample (average of four) had mean differences
+  0.80 to 1.27 times as large.
 """
 
 from __future__ import annotations

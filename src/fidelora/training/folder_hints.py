@@ -43,10 +43,10 @@ def config_advice(folder: Path, names: Sequence[str]) -> str:
             "training run to config.yaml."
         )
     if folder.name.lower() == _SAMPLES and has_config(folder.parent):
-        return f" This is the folder of its samples; set {folder.parent}."
+        return f" This is the folder of its samples; give {folder.parent}."
     inside = [one.name for one in _children(folder) if one.is_dir() and has_config(one)]
     if inside:
-        return f" These folders in it have one: {listed(inside)}; set one of them."
+        return f" These folders in it have one: {listed(inside)}; give one of them."
     for trainer, patterns in _OTHER_TRAINERS.items():
         if any(next(folder.glob(pattern), None) for pattern in patterns):
             return f" It looks like a folder of {trainer}, whose samples cannot be verified."
@@ -75,9 +75,10 @@ def checkpoint_advice(folder: Path, name: str, known: Iterable[Path]) -> str:
     if not found:
         return ""
     return (
-        f" The folder has other files ({listed(sorted(found))}). The trainer's file names begin "
-        f"with the name in the configuration ({name}), and they are next to it: restore the name "
-        "and place of the file if it belongs to this run, or use the configuration of its own run."
+        f" The folder has other files ({listed(sorted(found))}). The trainer's checkpoints are "
+        "beside the configuration, and their names begin with the name in the configuration "
+        f"({name}): restore the name and place of a file that belongs to this run, or use the "
+        "configuration of the run that it belongs to."
     )
 
 

@@ -83,8 +83,9 @@ def make_rows(
     """Return a row for each prompt.
 
     Args:
-        prompts: indices of samples of the run, or texts. A text may contain `[trigger]` and flags;
-            its other settings are those of the sample block. An empty list selects all samples.
+        prompts: indices of samples of the run, or texts. A text may contain `[trigger]` and flags.
+            It has the seed of the sample block; its other settings are those of the first sample.
+            An empty list selects all samples.
         base_model: replaces the base model in the configuration.
 
     Raises:

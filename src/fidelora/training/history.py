@@ -36,7 +36,7 @@ class History:
     def summary(self) -> str:
         """The history as one sentence; empty without earlier rounds."""
         since = (
-            f"The run was resumed after step {self.resumed_after}, which its folder does not show. "
+            f"The run was resumed after step {self.resumed_after}; its folder does not show that. "
             if self.resumed_after is not None
             else ""
         )

@@ -47,11 +47,12 @@ The tests assume normally distributed numbers. In simulated runs (`benchmarks/ve
 """
 _SIZE_LIMIT = 0.6 * FALSE_ALARMS  # p value below which the sizes show a mismatch
 _DIRECTIONS_LIMIT = 0.4 * FALSE_ALARMS
-"""Divided by the number of tried changes: p value below which a change shows a mismatch."""
+"""Sum of the limits of all tried changes. A change shows a mismatch if its p value is below this
+value divided by the number of tried changes."""
 
 DRAWS = 8  # draws of each sample before the first judgement; each needs an image
 _MORE_DRAWS = 16
-"""Further draws, made before settings are called wrong by evidence that is not clear
+"""Further draws of each sample if the evidence for a mismatch is not clear
 (`Evidence.is_clear`).
 
 With eight draws, the tail of the distribution is an extrapolation. Some samples are close to a
@@ -151,7 +152,7 @@ class Experiment:
         more draws if there is a mismatch that is not clear.
 
         Args:
-            samples: `differences` of some samples, or the same with other numbers of draws.
+            samples: result of `differences`, also with another number of draws.
             lost: information that was lost, as clauses.
         """
         evidence = self._conclude(samples, lost)
@@ -278,7 +279,10 @@ class Experiment:
     def _images(
         self, sample: int, recipe: Recipe, scheduler_options: dict[str, Any]
     ) -> list[Pixels]:
-        """Return `DRAWS` draws of a sample with this recipe, after those of `draws`."""
+        """Return the draws `DRAWS` to 2 * `DRAWS` - 1 of a sample with this recipe.
+
+        These are not among `self.draws`.
+        """
         plan = replace(self._plans[sample], recipe=recipe)
         self._total += DRAWS
         images = []

@@ -13,7 +13,7 @@ from fidelora.loras.hub import HubFile
 from fidelora.recipe import AdapterRef, Quantization
 
 _PEFT_FILE = "pytorch_lora_weights.safetensors"
-"""Name of the file of a LoRA in a repository of diffusers."""
+"""File name of a LoRA that diffusers saved, in a repository on the hub."""
 
 
 def family_of(model: Mapping[str, Any]) -> str:

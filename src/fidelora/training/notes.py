@@ -35,7 +35,7 @@ def notes_on(run: TrainingRun) -> list[str]:
 
 
 def _notes_on_older_quantization(run: TrainingRun) -> list[str]:
-    """Return a sentence if the trainer's release quantised layers that the replay leaves whole."""
+    """Return a sentence if the trainer's release quantised layers that the replay does not."""
     sampling = get_family(run.model).trainer_sampling
     since = sampling.whole_layers_since
     if since is None or run.quantization == "none" or not run.checkpoints:
@@ -47,7 +47,7 @@ def _notes_on_older_quantization(run: TrainingRun) -> list[str]:
     return [
         f"AI Toolkit before {'.'.join(map(str, since))} also quantised the layers "
         f"{', '.join(get_family(run.model).part('denoiser').whole_layers)} of the transformer, "
-        "and the replay does not, so samples differ from it."
+        "and the replay does not, so the replayed samples differ."
     ]
 
 

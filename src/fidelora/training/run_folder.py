@@ -179,11 +179,11 @@ def read_run(folder: Path) -> TrainingRun:
     """
     if folder.is_file():
         raise TrainingRunError(
-            f"{folder} is a file; set the output folder of a training run.{file_advice(folder)}"
+            f"{folder} is a file; give the output folder of a training run.{file_advice(folder)}"
         )
     if not folder.is_dir():
         raise TrainingRunError(
-            f"The folder {folder} does not exist; set the output folder of a training run."
+            f"The folder {folder} does not exist; give the output folder of a training run."
         )
     config = read_config(folder)
     process, name = config.process, config.name

@@ -141,7 +141,7 @@ def _adapter_modes(run: TrainingRun, recipe: Recipe) -> Iterator[Suspect]:
         )
         yield Suspect("quantized", replace(recipe, adapter_mode="merged"), fix)
     else:
-        fix = "The adapter was merged. Set the same multiplier for the samples of the training run."
+        fix = "The adapter was merged. Set one multiplier for all samples of the training run."
         yield Suspect("multiplier", replace(recipe, adapter_mode="merged"), fix)
 
 
@@ -169,7 +169,10 @@ def _embeddings(run: TrainingRun, plan: PlannedSample) -> Iterator[Suspect]:
     others = tuple(ref for ref in recipe.adapters if ref.word is None)
     if embedding is None or len(others) == len(recipe.adapters):
         return
-    fix = "The sample was made without the trained embedding. Load it where the sample was made."
+    fix = (
+        "The sample was made without the trained embedding. Load the embedding in the program that "
+        "made the sample."
+    )
     yield Suspect("embedding", replace(recipe, adapters=others), fix)
     prompt = split_flags(run.samples[plan.index].prompt.replace("[trigger]", embedding.word))[0]
     fix = (

@@ -51,7 +51,10 @@ class Suspect:
 
 
 class UniqueSuspects:
-    """Filter that drops suspects with the planned recipe or with a recipe yielded before."""
+    """Filter that drops suspects with the planned recipe or with a recipe yielded before.
+
+    Suspects with `scheduler_options` are never dropped.
+    """
 
     def __init__(self, recipe: Recipe) -> None:
         self._seen = {recipe}
@@ -227,7 +230,7 @@ def step_counts(recipe: Recipe, values: Sequence[int] = _STEPS) -> Iterator[Susp
 def near_estimate(
     recipe: Recipe, cause: str, configured: float, estimate: float
 ) -> Iterator[Suspect]:
-    """Yield the recipe with values of a setting that people use, near an estimated value.
+    """Yield the recipe with round values of a setting near an estimated value.
 
     Estimates are often too close to the configured value, because the effect of a setting is not
     proportional to it. The next two round values beyond the estimate are therefore yielded, too.

@@ -130,8 +130,8 @@ def _other_extras(process: Process, model: str) -> tuple[str, ...]:
     if not extras or extras in (block.get("name_or_path"), get_family(model).extras):
         return ()
     return (
-        "model.extras_name_or_path is set: the trainer reads parts that are not in the base model "
-        "from there, and the replay does not. If the base model lacks them, copy all parts into "
+        "model.extras_name_or_path is set: from there, the trainer reads the parts that the base "
+        "model lacks, and the replay does not. If the base model lacks any, copy all parts into "
         "one folder, and set it with --base-model.",
     )
 

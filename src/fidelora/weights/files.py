@@ -124,7 +124,11 @@ class BaseFiles:
         return self.source.is_file()
 
     def is_unchanged(self) -> bool:
-        """True if no file was overwritten, added or removed since the files were found."""
+        """True if none of these files has changed since they were found.
+
+        A file added to the base model's folder or a tokenizer's folder counts as a change, but not
+        one added to the folder of another part.
+        """
         folders = [path for path in self.tokenizers.values() if path is not None]
         return self.stamp == _stamp(
             self.source, *self.configs.values(), *folders, *sum(self.weights.values(), ())
@@ -246,9 +250,10 @@ def _other_parts(source: Path, family: Family) -> list[tuple[Part, str]]:
 def _folders_of_other_parts(
     source: Path, family: Family, config: str, variant: str, cache_dir: Path | None
 ) -> dict[str, Path]:
-    """Return the base model's folder for each part that `source` does not contain.
+    """Return the folder of another base model for each part that `source` does not contain.
 
-    The folder `config` is used for the parts that it has, and the hub for the others.
+    The folder `config` is used for the parts that it has, and repositories on the hub for the
+    others.
     """
     own = Path(config).expanduser() if config else None
     found: dict[str, Path] = {}

@@ -15,7 +15,7 @@ from fidelora.weights.files import BaseFiles
 
 
 def config_of(files: BaseFiles, part: Part) -> Mapping[str, Any]:
-    """Return the configuration of a part; without one, it is derived from the weights' shapes.
+    """Return a part's configuration: from its `config.json`, else from the shapes of its weights.
 
     Raises:
         BaseModelError, WeightsFileError: a file is missing, damaged or unsuitable.

@@ -52,9 +52,9 @@ class WorkerLimits:
             steps extend both, see `StepAllowance`.
         load_s: duration of the lease while a base model is located, downloaded and loaded. No
             heartbeats are sent during that time.
-        report_every_s: shortest time between two heartbeats with progress. Each heartbeat also
-            checks whether the job was canceled. `JobStore.cancel_requested` is called at every
-            step, with or without a heartbeat.
+        report_every_s: shortest time between two heartbeats with progress, except that a longer
+            lease is requested at once. Each heartbeat also checks whether the job was canceled.
+            `JobStore.cancel_requested` is called at every step, with or without a heartbeat.
         timeout_s: longest duration of one attempt; after it, the job fails.
         batch_wait_s: time to wait for further jobs while the batch has room. Jobs that are already
             queued join the batch without a wait.

@@ -177,11 +177,11 @@ class Worker:
     def _update_hold_time(self, report: AttemptReport) -> None:
         """Set how long a job is left for another worker that has its adapters loaded.
 
-        The time is what this worker took to merge the adapters of the last job for which it had to
+        The time is what this worker took to read the adapters of the last job for which it had to
         read some, at most `MAX_HOLD_S`.
         """
-        if report.adapters_cold and (merge_s := report.timings.get("adapters")):
-            self._hold_s = min(merge_s, MAX_HOLD_S)
+        if report.adapters_cold and (read_s := report.timings.get("read")):
+            self._hold_s = min(read_s, MAX_HOLD_S)
 
     def _release_interrupted(self) -> None:
         """Return the jobs in this worker's name to the queue, after the store failed.
@@ -253,8 +253,8 @@ class Worker:
     def _make(self, attempts: Sequence[Attempt], others: Sequence[Attempt] = ()) -> None:
         """Make the images of these jobs and store the result of each job.
 
-        If a batch of several jobs fails, any of them may be the cause. The jobs then keep running,
-        and the caller has to run each one separately.
+        If a batch of several jobs fails, any of them may be the cause. No job is ended then, and
+        the caller has to run each one separately.
 
         Args:
             others: claimed jobs that wait meanwhile; their leases are renewed.
@@ -310,10 +310,8 @@ class Worker:
         """
         recipes = batch.recipes
         batch.renew(self._limits.load_s)
-        start = self._monotonic()
         with beating(self._beat, self._limits.lease_s, self._limits.load_s):
-            self._engine.load(recipes[0])
-        batch.add_timings({"load": self._monotonic() - start})
+            batch.add_timings(self._engine.load(recipes[0]))
         batch.before_first_step()
         self._prefetch_next_job()
         if len(recipes) == 1:

@@ -1,8 +1,7 @@
 """The transformer of Chroma, with the modules and names of the original code.
 
-It is computed as the trainer computes it, whose rounding differs from that of diffusers'
-`ChromaTransformer2DModel`. The names of the modules are those of checkpoints and of the trainer's
-LoRAs.
+The order of operations is the trainer's; diffusers' `ChromaTransformer2DModel` rounds differently.
+The names of the modules are those of checkpoints and of the trainer's LoRAs.
 Source: https://github.com/lodestone-rock/flow, `src/models/chroma`.
 """
 
@@ -275,7 +274,7 @@ def _sinusoid(values: Tensor, width: int) -> Tensor:
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return the normalised states with a scale and a shift."""
+    """Normalise states, then scale and shift them."""
     return (1 + scale) * functional.layer_norm(x, x.shape[-1:], eps=_EPS) + shift
 
 

@@ -72,7 +72,10 @@ def fused_names(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def fused_names_of_adapters(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Map like `fused_names`, and also the first rows of `linear1`, which XLabs' LoRAs change."""
+    """Return `fused_names` and XLabs' name for the first rows of `linear1`, `single_blocks.N.qkv`.
+
+    XLabs' LoRAs change only these rows: query, key and value.
+    """
     fused = fused_names(paths)
     attention = {
         f"{name.removesuffix('linear1')}qkv": parts[:3]

@@ -52,7 +52,7 @@ class FluxText:
         self._device = device
 
     def encode(self, prompts: Prompts, size: Size, adapter_key: AdapterKey) -> Encoded:
-        """Encode the prompt and, if there is one, the negative prompt, one at a time."""
+        """Encode the negative prompt, if there is one, and then the prompt."""
         key = adapter_key(self._clip_name)
         warnings: list[str] = []
         rows: list[FluxConditioning | None] = []

@@ -38,7 +38,7 @@ FUSED = {
     "attn.add_q_proj": (1, 0), "attn.add_k_proj": (1, 1), "attn.add_v_proj": (1, 2),
 }  # fmt: skip
 """Projections of `transformer_blocks.N` that the original code stores as the rows of one matrix:
-index of the stream in `STREAMS`, and 0, 1 or 2 for the third of the rows."""
+index of the stream in `STREAMS`, and position of the projection in the matrix (0, 1 or 2)."""
 
 _DIFFUSERS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "double": (
@@ -56,7 +56,8 @@ _DIFFUSERS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         {own: (name,) for name, own in SINGLE_BLOCK.items()},
     ),
 }
-"""By kind of block: its name in diffusers, and diffusers' modules by module of the block."""
+"""For each kind of block: its name in diffusers, and the names of its modules in diffusers by their
+name in the original code."""
 
 
 def diffusers_names(paths: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -134,16 +134,16 @@ class Flux2Transformer(nn.Module):
             rotary: result of `rotary_tables`, for the text tokens and then the image tokens.
         """
         condition = self.time_in(timestep_embedding(time))
-        image_changes = self.double_stream_modulation_img(condition)
-        text_changes = self.double_stream_modulation_txt(condition)
-        changes = self.single_stream_modulation(condition)
+        image_modulation = self.double_stream_modulation_img(condition)
+        text_modulation = self.double_stream_modulation_txt(condition)
+        modulation = self.single_stream_modulation(condition)
 
         image, text = self.img_in(image), self.txt_in(text)
         for block in self.double_blocks:
-            image, text = block(image, text, image_changes, text_changes, rotary)
+            image, text = block(image, text, image_modulation, text_modulation, rotary)
         states = torch.cat((text, image), dim=1)
         for block in self.single_blocks:
-            states = block(states, changes, rotary)
+            states = block(states, modulation, rotary)
         result: Tensor = self.final_layer(states[:, text.shape[1] :], condition)
         return result
 
@@ -192,7 +192,7 @@ def _norm(width: int) -> nn.LayerNorm:
     return nn.LayerNorm(width, eps=_EPS, elementwise_affine=False)
 
 
-def _changed(states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def _modulated(states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return (1 + scale) * states + shift
 
 
@@ -206,8 +206,8 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, rotary: Tensor) -> Ten
 
 def _rotated(heads: Tensor, rotary: Tensor) -> Tensor:
     pairs = heads.float().reshape(*heads.shape[:-1], -1, 1, 2)
-    turned = rotary[..., 0] * pairs[..., 0] + rotary[..., 1] * pairs[..., 1]
-    return turned.flatten(-2).to(heads.dtype)
+    rotated = rotary[..., 0] * pairs[..., 0] + rotary[..., 1] * pairs[..., 1]
+    return rotated.flatten(-2).to(heads.dtype)
 
 
 class _TimeEmbedding(nn.Module):
@@ -301,15 +301,15 @@ class _DoubleBlock(nn.Module):
         self.txt_attn, self.txt_mlp = _Attention(config), _mlp(config)
 
     def forward(
-        self, image: Tensor, text: Tensor, image_changes: Sequence[Tensor],
-        text_changes: Sequence[Tensor], rotary: Tensor,
+        self, image: Tensor, text: Tensor, image_modulation: Sequence[Tensor],
+        text_modulation: Sequence[Tensor], rotary: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return the new states of image and text."""
-        shift, scale, image_gate, image_shift2, image_scale2, image_gate2 = image_changes
-        qkv = self.img_attn.qkv(_changed(self.img_norm1(image), shift, scale))
+        shift, scale, image_gate, image_shift2, image_scale2, image_gate2 = image_modulation
+        qkv = self.img_attn.qkv(_modulated(self.img_norm1(image), shift, scale))
         image_heads = self.img_attn.norm(qkv, self._heads)
-        shift, scale, text_gate, text_shift2, text_scale2, text_gate2 = text_changes
-        qkv = self.txt_attn.qkv(_changed(self.txt_norm1(text), shift, scale))
+        shift, scale, text_gate, text_shift2, text_scale2, text_gate2 = text_modulation
+        qkv = self.txt_attn.qkv(_modulated(self.txt_norm1(text), shift, scale))
         text_heads = self.txt_attn.norm(qkv, self._heads)
 
         query, key, value = (
@@ -319,11 +319,11 @@ class _DoubleBlock(nn.Module):
         of_text, of_image = attended[:, : text.shape[1]], attended[:, text.shape[1] :]
 
         image = image + image_gate * self.img_attn.proj(of_image)
-        changed = _changed(self.img_norm2(image), image_shift2, image_scale2)
-        image = image + image_gate2 * self.img_mlp(changed)
+        modulated = _modulated(self.img_norm2(image), image_shift2, image_scale2)
+        image = image + image_gate2 * self.img_mlp(modulated)
         text = text + text_gate * self.txt_attn.proj(of_text)
-        changed = _changed(self.txt_norm2(text), text_shift2, text_scale2)
-        text = text + text_gate2 * self.txt_mlp(changed)
+        modulated = _modulated(self.txt_norm2(text), text_shift2, text_scale2)
+        text = text + text_gate2 * self.txt_mlp(modulated)
         return image, text
 
 
@@ -339,10 +339,10 @@ class _SingleBlock(nn.Module):
         self.mlp_act = _GatedSilu()
         self.linear2 = _linear(config.width + config.mlp_width, config.width)
 
-    def forward(self, states: Tensor, changes: Sequence[Tensor], rotary: Tensor) -> Tensor:
+    def forward(self, states: Tensor, modulation: Sequence[Tensor], rotary: Tensor) -> Tensor:
         """Return the new states [batch, tokens, width]."""
-        shift, scale, gate = changes
-        both = self.linear1(_changed(self.pre_norm(states), shift, scale))
+        shift, scale, gate = modulation
+        both = self.linear1(_modulated(self.pre_norm(states), shift, scale))
         qkv, hidden = both.tensor_split([3 * self._width], dim=-1)
         query, key, value = self.norm(qkv, self._heads)
         attended = _attention(query, key, value, rotary)
@@ -360,5 +360,5 @@ class _FinalLayer(nn.Module):
 
     def forward(self, states: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
-        result: Tensor = self.linear(_changed(self.norm_final(states), shift, scale))
+        result: Tensor = self.linear(_modulated(self.norm_final(states), shift, scale))
         return result

@@ -22,8 +22,8 @@ _PARTS = (
         tokenizer=Tokenizer("tokenizer"),
         ignored_weights=("lm_head.weight",),  # not needed for hidden states
         # transformers 5.5.3, the trainer's version, left out the soft cap of the attention
-        # scores; see also `Lumina2Text`. In bfloat16, 10 % of the pixels agree with the cap,
-        # 100 % without it.
+        # scores; see also `Lumina2Text`. Without the cap, 100 % of the pixels match the trainer's
+        # in bfloat16; with it, only 10 %.
         config=MappingProxyType({"attn_logit_softcapping": None}),
         # The trainer calls `.to(device, dtype)`, which rounds the rotary tables. In bfloat16,
         # 10 % of the pixels agree without this rounding, 100 % with it.

@@ -55,7 +55,8 @@ class QwenImageDenoiser:
             return output
 
         def denoise(latents: Tensor, t: Tensor) -> Tensor:
-            # Multiplied by 1000 in float32, but divided in the dtype of the latents.
+            # The schedule multiplied sigma by 1000 in float32; the trainer's pipeline divides the
+            # timestep in the dtype of the latents.
             time = t.expand(1).to(latents.dtype) / 1000
             outputs = []
             for row, (positive, negative) in zip(pack(latents), texts, strict=True):

@@ -65,8 +65,8 @@ class QwenImageText:
     def _embed(self, text: str) -> tuple[Tensor, str]:
         """Return the hidden states of the prompt, and the end of the prompt that was cut off.
 
-        The encoder runs on up to 1024 tokens of the prompt, because its last bits depend on their
-        number; the states after the first 512 are dropped afterwards.
+        The encoder runs on up to 1024 tokens of the prompt, because the number of tokens changes
+        the last bits of all states. The states after the first 512 are dropped afterwards.
         """
         key = (text, torch.get_num_threads())  # the last bits depend on the number of threads
         if key not in self._cache:

@@ -66,8 +66,8 @@ class _Batch:
     def __init__(self, rows: Sequence[Conditioning], unet: Any) -> None:
         self._unet = unet
         conditioning = Conditioning.concatenate(rows)
-        # `_text` is the same tensor at every step, so that its projections can be cached on the
-        # CPU. Its dtype differs from the recipe's only in `fast`.
+        # `_text` is the same tensor at every step, so that denoisers on the CPU can cache its
+        # projections (`CachedTextProjection`). Its dtype differs from the recipe's only in `fast`.
         self._text = conditioning.text.to(unet.dtype)
         # `_added` keeps the recipe's dtype, because `fast` would otherwise round sizes in pixels to
         # the 8 bits of bfloat16. The UNet casts the embeddings of the sizes to its own dtype.

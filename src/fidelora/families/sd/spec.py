@@ -134,12 +134,11 @@ def _text_encoder(
         weights="model",
         precision="text_encoder_dtype",
         checkpoint_prefix=checkpoint_prefix,
-        # ComfyUI's own names, and those of OneTrainer's OMI format.
         adapter_prefixes=(
             *kohya_prefixes,
             f"{name}.",
-            f"text_encoders.{clip_name}.transformer.",
-            f"{clip_name}.",
+            f"text_encoders.{clip_name}.transformer.",  # ComfyUI
+            f"{clip_name}.",  # OneTrainer's OMI format
         ),
         # Recent versions of transformers, such as 5.23, omit `text_model.` from the module names;
         # files and adapters exist with and without it.

@@ -27,12 +27,14 @@ _MODULES = (
     "ffn.net.0.proj",
     "ffn.net.2",
 )
+"""Diffusers' paths of the linear layers in a block."""
+
 _TOP = (
     *(f"condition_embedder.{one}_embedder.linear_{n}" for one in ("text", "time") for n in (1, 2)),
     "condition_embedder.time_proj",
     "proj_out",
 )
-"""Diffusers' paths of the linear layers in a block, and of those outside the blocks."""
+"""Diffusers' paths of the linear layers outside the blocks."""
 
 _OTHERS = (
     # The original code calls the norms in the order norm1, norm3, norm2.

@@ -28,8 +28,8 @@ class WanDenoiser:
     ) -> Denoise:
         """Return a function that computes the guided prediction, one image at a time.
 
-        It takes latents [images, 16, 1, height / 8, width / 8], in float32 at the first step, and a
-        float32 timestep of 0 to 1000. The prediction has the dtype of the transformer.
+        It takes latents [images, 16, latent frames, height / 8, width / 8], in float32 at the first
+        step, and a float32 timestep of 0 to 1000. The prediction has the dtype of the transformer.
         """
         transformer, guided = self._transformer, self.uses_negative(guidance)
         texts = [
@@ -81,7 +81,7 @@ class TwoStageWanDenoiser:
     def prepare(
         self, encoded: Sequence[Encoded], guidance: Guidance, size: Size, dtype: torch.dtype
     ) -> Denoise:
-        """Return a function like that of `WanDenoiser`, which selects the transformer by time."""
+        """Return a function like `WanDenoiser`'s that selects the transformer by the timestep."""
         high = self._high.prepare(encoded, guidance, size, dtype)
         low = self._low.prepare(encoded, guidance, size, dtype)
 

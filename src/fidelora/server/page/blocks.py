@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import traceback
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,6 +19,23 @@ from fidelora.server.page.uploads import max_upload_bytes
 from fidelora.server.verifier import Verifier
 
 _CSS = Path(__file__).with_name("style.css")
+
+log = logging.getLogger("gradio")
+
+
+class LoggedTracebacks(ModuleType):
+    """The module `traceback` for Gradio, whose `print_exc` logs the error instead.
+
+    Gradio would print errors as they are, so a caller could fill the disk with events of a megabyte
+    that fail. The log shortens texts, and drops an error that repeats.
+    """
+
+    def print_exc(self) -> None:
+        """Log the exception that is being handled."""
+        log.warning("an event of the page failed", exc_info=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(traceback, name)
 
 
 def gradio_app(
@@ -32,7 +52,10 @@ def gradio_app(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_TEMP_DIR"] = str(page_files.files)
     import gradio as gr
+    from gradio import queueing, route_utils, routes, utils
 
+    for module in (queueing, route_utils, routes, utils):
+        module.traceback = LoggedTracebacks("traceback")
     blocks = _blocks(context, page_files, verifier)
     shell = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     gr.mount_gradio_app(

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from fidelora.engine.header_family import HeaderFit
 from fidelora.errors import AdapterError
 from fidelora.loras.describe import AdapterSummary, describe_adapter
 from fidelora.loras.folder import adapter_names, adapter_path, adapter_with_hash
 from fidelora.recipe import AdapterRef
 from fidelora.server.context import ServerContext
+from fidelora.server.lora_fit import fit_of_file
 from fidelora.server.page.visitor import visitor
 
 EMBEDDING = "embedding"
@@ -33,8 +35,16 @@ class LoraList:
         for path in adapter_names(self.context.settings.loras, owner=visitor().visible_owner):
             summary = self.summary(path)
             if summary is not None and not summary.problems:
-                found.append((_label(path, summary), path))
+                fit = self.fit(path)
+                found.append((_label(path, summary, fit), path))
         return found
+
+    def fit(self, path: str) -> HeaderFit:
+        """Return which of the server's models a file fits; see `fit_of_file`."""
+        try:
+            return fit_of_file(self._file(path), self.context.configured_models)
+        except AdapterError:
+            return HeaderFit((), "")
 
     def summary(self, path: str) -> AdapterSummary | None:
         """Return the summary of a file's header, or None if there is no such file."""
@@ -98,7 +108,7 @@ def _described(file: Path, _modified_ns: int) -> AdapterSummary:
     return describe_adapter(file)
 
 
-def _label(path: str, summary: AdapterSummary) -> str:
+def _label(path: str, summary: AdapterSummary, fit: HeaderFit) -> str:
     parts = [path]
     if summary.tokens:
         tokens = "1 token" if summary.tokens == 1 else f"{summary.tokens} tokens"
@@ -109,4 +119,6 @@ def _label(path: str, summary: AdapterSummary) -> str:
         parts.append(f"rank {'/'.join(map(str, summary.ranks))}")
     if summary.step is not None:
         parts.append(f"step {summary.step}")
+    if fit.problem:
+        parts.append("fits no model of this server")
     return " · ".join(parts)

@@ -17,7 +17,6 @@ from fidelora.server.page.form import (
     preset_choices,
     preset_of,
 )
-from fidelora.server.page.uploads import LORA_SUFFIX
 
 MAX_IMAGES = 16
 """Largest number of images per click; the HTTP API allows more."""
@@ -45,7 +44,6 @@ class SettingsInputs:
             self._build_seed(default_fidelity)
         self.drop = gr.File(
             label="Drop LoRAs, or an image for its recipe",
-            file_types=[LORA_SUFFIX, *IMAGE_SUFFIXES],
             file_count="multiple",
             height=150,
             elem_id="drop",

@@ -146,7 +146,9 @@ class MakeTab:
                 )
             job = await submit(self._context, visitor(), build_request(form))
         except FideloraError as error:
-            return self._updates(error=notice(error, "error"))
+            # The progress of an earlier request, or the first hint, is not about this one.
+            old = {} if session.pending else {"progress": ""}
+            return self._updates(error=notice(error, "error"), **old)
         if not session.pending:
             session.ended.clear()
         session.pending.append(job.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from fidelora.server.page.html import escape, notice
@@ -39,6 +40,8 @@ _EXPLANATIONS = {
     ),
 }
 """Kind of message, title and sentence by exit code of `fidelora explain`."""
+_LIST = re.compile(r"(?:: [^:]*?| \([^()]*?) and \d+ more\)?")
+"""List of modules in an error message: `... do not fit: a, b, c and 12 more`."""
 
 
 def verdict(outcome: Outcome, lines: Sequence[str]) -> str:
@@ -47,7 +50,7 @@ def verdict(outcome: Outcome, lines: Sequence[str]) -> str:
     words = (line.partition(":")[0] for line in reversed(lines))
     found = next((word for word in words if word in _VERDICTS), "")
     if not found or outcome.code not in (0, 1, 4):
-        return notice(lines[-1] if lines else "fidelora verify ended without output.", "error")
+        return _failure(lines, "fidelora verify ended without output.")
     kind, sentence = _VERDICTS[found]
     doctor = next((line for line in lines if line.startswith("Doctor:")), "")
     details = f"<br>{escape(doctor)}" if doctor else ""
@@ -61,13 +64,19 @@ def explanation(outcome: Outcome, lines: Sequence[str]) -> str:
     """Return the message for the exit code of `fidelora explain`."""
     if outcome.code not in _EXPLANATIONS or outcome.report is None:
         lines = [line for line in lines if line]
-        text = lines[-1] if lines else "fidelora explain ended without output."
-        return notice(text.removeprefix("error: "), "error")
+        return _failure(lines, "fidelora explain ended without output.")
     kind, title, sentence = _EXPLANATIONS[outcome.code]
     return (
         f'<div role="status" class="message {kind}"><strong>{escape(title)}</strong>'
         f"<span>{escape(sentence)}</span></div>"
     )
+
+
+def _failure(lines: Sequence[str], without_output: str) -> str:
+    """Return the last line of a command that failed, without long lists of modules."""
+    text = (lines[-1] if lines else without_output).removeprefix("error: ")
+    short = _LIST.sub("", text)
+    return notice(short if short == text else f"{short} The output has the details.", "error")
 
 
 def report_link(verification_id: str, outcome: Outcome) -> str:

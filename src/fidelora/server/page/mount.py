@@ -213,11 +213,16 @@ class Page(BaseRoute):
         event = content.get("fn_index") if isinstance(content, dict) else None
         if not (event is None or (isinstance(event, int) and event in self._events)):
             return _EVENT_NOT_FOUND  # Gradio would fail with an internal error
-        paths = [entry["path"] for entry in dicts_in(content) if "path" in entry]
-        for path in (one for one in paths if isinstance(one, str)):
+        for entry in dicts_in(content):
+            path = entry.get("path")
+            if not isinstance(path, str):
+                continue
             if "://" in path:
                 return PlainTextResponse("Files must be uploaded, not given as URLs.\n", 400)
-            if path.startswith("/") and not self._is_visible(path, caller):
+            # Gradio opens the `path` of objects with `meta`, a relative one in the working folder.
+            # Other relative paths are the names of LoRAs in a form.
+            is_file = "meta" in entry or path.startswith("/")
+            if is_file and not self._is_visible(path, caller):
                 return PlainTextResponse("File not found.\n", 404)
         return None
 

@@ -17,7 +17,7 @@ from fidelora.server.context import ServerContext
 from fidelora.server.outputs import content_of
 from fidelora.server.page.html import caption
 from fidelora.server.page.lora_list import LoraList
-from fidelora.server.page.snippets import as_command, as_python, as_request
+from fidelora.server.page.snippets import as_command, as_python, as_request, command_notes
 from fidelora.server.page.visitor import visitor
 
 log = structlog.get_logger(__name__)
@@ -124,7 +124,7 @@ class Pictures:
         return {
             "recipe": json.dumps(recipe.to_dict(), indent=2, ensure_ascii=False),
             "request": as_request(recipe, paths, image_format),
-            "command": as_command(recipe, paths, image_format),
+            "command": command_notes(recipe, paths) + as_command(recipe, paths, image_format),
             "python": as_python(recipe, paths, image_format, self.context.base_url),
         }
 

@@ -22,9 +22,10 @@ from fidelora.server.page.html import notice
 from fidelora.server.page.lora_list import LoraList
 from fidelora.server.page.make_form import MakeForm
 from fidelora.server.page.make_prompts import PromptInputs
-from fidelora.server.page.make_settings import SettingsInputs
+from fidelora.server.page.make_settings import IMAGE_SUFFIXES, SettingsInputs
 from fidelora.server.page.uploads import LORA_SUFFIX, add_lora, refuse_larger
 from fidelora.server.submit import defaults_for
+from fidelora.texts import listed
 
 
 class RecipeLoader:
@@ -55,11 +56,15 @@ class RecipeLoader:
     def add_loras(self, files: Sequence[str] | None, *values: Any) -> list[Any]:
         """Store LoRAs and choose them in the form; the files are removed."""
         added, problems = self._store([Path(file) for file in files or []])
-        return [None, _upload_message(added, problems), *self._form.add_loras(added, *values)]
+        return [None, self._upload_message(added, problems), *self._form.add_loras(added, *values)]
 
     def take(self, files: Sequence[str] | None, *values: Any) -> list[Any]:
         """Store dropped LoRAs and choose them, or load the recipe of a dropped image."""
         paths = [Path(file) for file in files or []]
+        if others := [path for path in paths if not _can_take(path)]:
+            for path in paths:
+                path.unlink(missing_ok=True)
+            return [None, *self._form.message(notice(_refusal(others[0]), "error"))]
         images = [path for path in paths if path.suffix.lower() != LORA_SUFFIX]
         if len(images) == 1 == len(paths):
             return [None, *self.load_image(images[0])]
@@ -70,7 +75,7 @@ class RecipeLoader:
         form = self._form
         named = dict(zip(map(id, form.lora_outputs), [handled, *sliders, trigger], strict=True))
         named[id(form.inputs[0])] = choices
-        named[id(form.outputs[0])] = _upload_message(added, problems)
+        named[id(form.outputs[0])] = self._upload_message(added, problems)
         return [None, *(named.get(id(output), gr.skip()) for output in form.outputs)]
 
     def load_image(self, path: Path) -> list[Any]:
@@ -138,9 +143,33 @@ class RecipeLoader:
                 file.unlink(missing_ok=True)
         return added, problems
 
+    def _upload_message(self, added: Sequence[str], problems: Sequence[str]) -> str:
+        """Return the message after an upload: refused files, and the models that each LoRA fits."""
+        parts = [notice(problem, "error") for problem in problems]
+        several = len(self._context.configured_models) > 1
+        fitting: dict[str, list[str]] = {}
+        for path in added:
+            fit = self._lora_list.fit(path)
+            if fit.problem:
+                parts.append(notice(f"{path} was stored. {fit.problem}", "error"))
+                continue
+            titles = listed([get_family(model).title for model in fit.models])
+            ending = f" (for {titles})" if several and titles else ""
+            fitting.setdefault(ending, []).append(path)
+        for ending, paths in fitting.items():
+            parts.append(notice(f"Added {', '.join(paths)}{ending}.", "good"))
+        return "".join(parts)
 
-def _upload_message(added: Sequence[str], problems: Sequence[str]) -> str:
-    parts = [notice(problem, "error") for problem in problems]
-    if added:
-        parts.append(notice(f"Added {', '.join(added)}.", "good"))
-    return "".join(parts)
+
+def _can_take(path: Path) -> bool:
+    return path.suffix.lower() in (LORA_SUFFIX, *IMAGE_SUFFIXES)
+
+
+def _refusal(path: Path) -> str:
+    """Return a sentence about a dropped file that is neither a LoRA nor an image."""
+    if path.suffix.lower() == ".zip":
+        return (
+            f"{path.name} is a zip archive. Unpack it and drop the .safetensors file of the LoRA; "
+            "drop the zip of a training run on the tab Match."
+        )
+    return f"{path.name} cannot be used here. Drop a LoRA (.safetensors), or an image or video."

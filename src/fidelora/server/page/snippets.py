@@ -6,11 +6,15 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from pathlib import PurePosixPath
 from typing import Any
 
 from fidelora.loras.trigger import has_placeholder
 from fidelora.recipe import Recipe, short_name
 from fidelora.server.page.form import request_body
+from fidelora.texts import printable
+
+_PLACEHOLDER = "BASE"
 
 
 def request_route(recipe: Recipe) -> str:
@@ -36,15 +40,42 @@ def as_request(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
     return json.dumps(body, indent=2, ensure_ascii=False)
 
 
-def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
-    """Return the `fidelora generate` command for a POSIX shell, to be run in the LoRA folder.
+def command_notes(recipe: Recipe, paths: Sequence[str]) -> str:
+    """Return comment lines for `as_command`: the files to have in the current folder.
 
-    Paths of the base model, the VAE and the configurations are shortened to names, because other
-    people may see the command.
+    Args:
+        paths: as in `as_command`.
+    """
+    lines = []
+    if _shown_base(recipe) == _PLACEHOLDER:
+        name = short_name(recipe.base_model)
+        lines.append(f"Replace {_PLACEHOLDER} by the path or hub id of the base model {name}.")
+    if paths:
+        where = "GET /v1/loras lists them with their sha256"
+        lines.append(f"Run it in a folder with {', '.join(map(_file_name, paths))} ({where}).")
+    # `printable` keeps line feeds, which would end the comment.
+    return "".join(f"# {printable(' '.join(line.splitlines()))}\n" for line in lines)
+
+
+def _shown_base(recipe: Recipe) -> str:
+    """Return a hub id or the name of a bundled model; a placeholder for a path of the server."""
+    name = short_name(recipe.base_model)
+    return name if name == recipe.base_model and ("/" in name or ":" in name) else _PLACEHOLDER
+
+
+def _file_name(path: str) -> str:
+    return PurePosixPath(path).name
+
+
+def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
+    """Return the `fidelora generate` command for a POSIX shell, for a folder with the LoRAs.
+
+    Paths of the server mean nothing to other people: LoRAs have the names of their files, the base
+    model is a placeholder (`command_notes`), and the VAE and the configurations have short names.
     """
     words = ["fidelora", "generate", recipe.prompt]
     for path, adapter in zip(paths, recipe.adapters, strict=True):
-        words += ["--lora", f"{path}:{_decimal(adapter.multiplier)}"]
+        words += ["--lora", f"{_file_name(path)}:{_decimal(adapter.multiplier)}"]
     options: dict[str, object] = {
         "--negative": recipe.negative_prompt,
         "--width": recipe.width,
@@ -55,7 +86,7 @@ def as_command(recipe: Recipe, paths: Sequence[str], image_format: str) -> str:
         "--seed": recipe.seed,
         "--format": image_format,
         "--model": recipe.model,
-        "--base-model": short_name(recipe.base_model),
+        "--base-model": _shown_base(recipe),
         "--variant": recipe.variant,
         "--vae": short_name(recipe.vae),
         "--config": short_name(recipe.config),

@@ -127,7 +127,7 @@ def progress(
         bool, Query(description="Omit the preview of the image in progress.")
     ] = False,
 ) -> A1111ProgressBody:
-    """Return the progress of the oldest unfinished `txt2img` request with the same API key."""
+    """Return the progress of the API key's running `txt2img` request, or of the oldest queued."""
     job = _current_job(context, caller)
     position = (
         context.store.queue_position(job.id) if job and job.status is Status.IN_QUEUE else None
@@ -156,7 +156,7 @@ def set_options(
     """Set `sd_model_checkpoint` for later requests with the same API key, until the server stops.
 
     Servers that share a database store the model there, until it is changed or the key is removed.
-    Other settings are accepted only with their current values.
+    Other settings are accepted only with values that change nothing.
     """
     check_options(changes, options(context, caller))
     if isinstance(model := changes.get("sd_model_checkpoint"), str):

@@ -15,6 +15,7 @@ from fidelora.loras.describe import describe_adapter
 from fidelora.loras.folder import UPLOADS, adapter_names, adapter_path
 from fidelora.server.access import Caller
 from fidelora.server.context import CallerDep, ContextDep, ServerContext
+from fidelora.server.lora_fit import fit_of_file
 from fidelora.server.problems import error_responses
 from fidelora.server.public_texts import public_text
 
@@ -109,6 +110,8 @@ def delete_lora(
 def _lora_body(name: str, context: ServerContext, caller: Caller) -> LoraBody:
     path = adapter_path(context.settings.loras, name, owner=caller.visible_owner)
     summary = describe_adapter(path)
+    fit = fit_of_file(path, context.configured_models)
+    problems = [*summary.problems, *filter(None, [fit.problem])]
     return LoraBody(
         path=name,
         sha256=context.cache.sha256_of(path),
@@ -125,5 +128,6 @@ def _lora_body(name: str, context: ServerContext, caller: Caller) -> LoraBody:
         base=summary.base,
         trainer=summary.trainer,
         uploaded=PurePosixPath(name).parts[0] == UPLOADS,
-        problems=[public_text(problem) for problem in summary.problems],
+        models=list(fit.models),
+        problems=[public_text(problem) for problem in problems],
     )

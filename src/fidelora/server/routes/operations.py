@@ -22,7 +22,7 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Response of `GET /ready`; `reason` is why a worker could not start or pauses."""
+    """Response of `GET /ready`; `reason` tells why a worker cannot start or has paused."""
 
     status: Literal["ready", "starting", "stopping"]
     reason: str = ""
