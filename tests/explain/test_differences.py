@@ -71,6 +71,13 @@ def test_only_the_nearest_schedule_is_of_the_program(cause, theirs, is_always):
     assert ("nearest sampler" in found.advice) is (cause != "steps")
 
 
+@pytest.mark.parametrize("theirs", ["Euler, DDIM", "DDIM"])
+def test_a_schedule_as_near_as_the_nearest_is_of_the_program(theirs):
+    there = NearestThere("DDIM", 0.25, as_near=("DDIM", "Euler, DDIM"))
+    found = with_sampler_advice(Difference("schedule", theirs, "ddim", 0.2, ""), there, "A1111")
+    assert found.is_always
+
+
 ALWAYS = Difference("upsampling", "doubles", "resizes", 0.6, "", is_always=True)
 STEPS = Difference("steps", "9", "8", 4.0, "")
 NOTHING_CHOSEN = "No setting that you can change differs. A1111 always does this differently:"

@@ -8,6 +8,7 @@ from typing import Any
 
 from fidelora.explain.differences import Difference
 from fidelora.explain.explain import Explanation
+from fidelora.explain.nearest import NearestThere
 from fidelora.recipe import short_name
 
 
@@ -43,10 +44,14 @@ def document_of(explanation: Explanation) -> dict[str, Any]:
             for one in explanation.differences
         ],
         "nearest": asdict(explanation.nearest),
-        "nearest_there": None if there is None else asdict(there),
+        "nearest_there": _of_there(there),
         "notes": list(explanation.notes),
         "images": explanation.images,
     }
+
+
+def _of_there(there: NearestThere | None) -> dict[str, object] | None:
+    return None if there is None else {"sampling": there.sampling, "distance": there.distance}
 
 
 def lines_of(explanation: Explanation) -> Iterator[str]:

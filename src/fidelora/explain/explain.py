@@ -15,6 +15,7 @@ from fidelora.explain.differences import (
     advice_for,
     changed_causes,
     described,
+    is_in_file,
     reverted,
 )
 from fidelora.explain.nearest import NearestThere, nearest_sampling, with_sampler_advice
@@ -100,7 +101,7 @@ class Explanation:
     @property
     def is_explained(self) -> bool:
         """True if the differences explain the picture."""
-        return self.is_same or self.after <= max(_EXPLAINED * self.before, _EXPLAINED_LEVELS)
+        return self.is_same or _explains(self.before, self.after)
 
 
 def explain(
@@ -140,6 +141,11 @@ def explain(
     return _Explainer(
         run, picture, reading, engine, step, index, base_model, max_images, on_progress
     ).explanation()
+
+
+def _explains(before: float, after: float) -> bool:
+    """True if a picture is explained whose distance the simulation reduces to `after` levels."""
+    return after <= max(_EXPLAINED * before, _EXPLAINED_LEVELS)
 
 
 class _Explainer:
@@ -191,7 +197,7 @@ class _Explainer:
                 described(self._trainer, cause, program),
                 round(effect, 4),
                 advice_for(cause, self._trainer, program, lora),
-                self._is_in_file(cause),
+                is_in_file(cause, self._reading),
                 is_always=cause == "upsampling",  # no program has a setting for it
             )
             for cause, effect in effects
@@ -257,6 +263,12 @@ class _Explainer:
             self._task = "trying other values than those in the file"
             doubted = search.descend(nearest, list(candidates.axes(doubts=True)))
             nearest = candidates.normal(doubted)
+        before = self._picture.distance(self._trainer_pixels)
+        if not _explains(before, search.distance(nearest)):
+            self._task = "trying two settings together"
+            pair = search.best_pair(nearest, list(candidates.pair_axes()))
+            if pair != nearest:
+                nearest = candidates.normal(search.descend(pair, list(candidates.axes())))
         return nearest
 
     def _without_ineffective(
@@ -331,21 +343,6 @@ class _Explainer:
         if nearest.library == "diffusers":
             return "diffusers"
         return "ComfyUI" if nearest.whole_timesteps else "A1111"
-
-    def _is_in_file(self, cause: str) -> bool:
-        names = {
-            "trigger": "prompt",
-            "schedule": "scheduler",
-            "lora": "loras",
-            "guidance": "guidance_scale",
-            "noise": "noise_source",
-            "size": "width",
-            "precision": "dtype",
-            "negative_zeros": "",
-            "upsampling": "",
-        }
-        name = names.get(cause, cause)
-        return bool(name) and getattr(self._reading, name) is not None
 
     def _unsimulated_sampler(self) -> list[str]:
         reading = self._reading
