@@ -71,7 +71,7 @@ class ExplainedAtOnce:
             "same": False, "explained": True, "distance_before": 9.0, "distance_after": 0.0,
             "differences": [
                 {"cause": "steps", "theirs": "9", "ours": "8", "effect": 9.0, "in_file": True,
-                 "advice": ""},
+                 "always": False, "advice": ""},
             ],
             "nearest": {"steps": 9}, "nearest_there": None, "notes": [], "images": 5,
         }  # fmt: skip

@@ -29,6 +29,9 @@ class DifferenceBody(BaseModel):
         description="Effect on the pixels in levels (0..255); null if it was not measured."
     )
     in_file: bool = Field(description="True if the picture's file contains the setting.")
+    always: bool = Field(
+        description="True if the program always does this, whatever its user sets."
+    )
     advice: str = Field(description="What to set in the other program; may be empty.")
 
 

@@ -177,6 +177,12 @@ class Candidates:
         yield self._noise(self.programs, narrow=False)
         if not sampling_known or reading.program == "unknown" or doubts:
             yield self._samplers(self.programs)
+        elif self.programs == ("diffusers",) and not reading.scheduler:
+            # A script names the class of its scheduler; the configuration decides the spacing.
+            given = sampling_of(reading, self.spec)
+            assert given is not None
+            spacings = [given._replace(schedule=one) for one in self._spacings(given.sampler)]
+            yield Axis("schedule", [self._sampling(one) for one in spacings])
         if reading.prompt is None:
             yield Axis("prompt", list(self._prompts()))
         if reading.negative_prompt is None or doubts:
@@ -200,6 +206,20 @@ class Candidates:
             rounded = [{"dtype": self.trainer.dtype, "rounds_noise": True}]
             plain = [{"dtype": one, "rounds_noise": False} for one in self._dtypes()]
             yield Axis("precision", [*plain, *rounded])
+
+    def pair_axes(self) -> Iterator[Axis]:
+        """Yield settings that scripts commonly lack, the likeliest first, for changes in pairs."""
+        reading = self.reading
+        if reading.negative_prompt is None:
+            yield Axis("negative_prompt", [{"negative_prompt": ""}])
+        if reading.clip_skip is None:
+            layers = [{"clip_skip": layer} for layer in self._layers() if layer]
+            yield Axis("clip_skip", layers)
+        if reading.loras is None and self.alignment.plan.recipe.adapters:
+            yield Axis("lora", [{"strength": 0.0, "text_strength": 0.0}])
+        if reading.prompt is None:
+            prompts = [one for one in self._prompts() if one["prompt"] != self.trainer.prompt]
+            yield Axis("prompt", prompts)
 
     # --- single axes ----------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from fidelora.explain.programs import ALGORITHMS, BEHAVIOURS, Sampling, words_for
-from fidelora.explain.reading import Program
+from fidelora.explain.reading import Program, Reading
 from fidelora.explain.simulation import Simulation
 
 _FIELDS: Mapping[str, tuple[str, ...]] = {
@@ -30,6 +30,12 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
 """Fields of `Simulation` by cause. Rounding of pixel values is not listed, because it changes them
 by less than a level."""
 
+_READING_FIELDS: Mapping[str, str] = {
+    "trigger": "prompt", "schedule": "scheduler", "lora": "loras", "guidance": "guidance_scale",
+    "noise": "noise_source", "size": "width", "precision": "dtype", "negative_zeros": "",
+    "upsampling": "",
+}  # fmt: skip
+"""Fields of `Reading` by cause, where the names differ; empty if no file contains the setting."""
 _FIELDS_OF_STEP_NOISE = ("step_noise", "seed_delta")
 """Fields of the cause `noise` that are not compared if the trainer's sampler draws no random
 numbers in its steps."""
@@ -55,6 +61,7 @@ class Difference:
             with the trainer's setting (mean difference); None if it was not measured.
         advice: what to set in the other program; empty if nothing can be set.
         is_in_file: True if the picture's file names the setting.
+        is_always: True if the program always does this, whatever its user sets.
     """
 
     cause: str
@@ -63,6 +70,7 @@ class Difference:
     effect: float | None
     advice: str
     is_in_file: bool = False
+    is_always: bool = False
 
 
 def reverted(simulation: Simulation, trainer: Simulation, cause: str) -> Simulation:
@@ -223,3 +231,9 @@ def advice_for(cause: str, trainer: Simulation, program: Program, lora: str) -> 
     if cause in ("sampler", "schedule"):
         return ""  # `explain` adds the nearest sampler of the program
     return f"{where}: {described(trainer, cause, program)}."
+
+
+def is_in_file(cause: str, reading: Reading) -> bool:
+    """True if a picture's file, or its user, names the setting of a cause."""
+    name = _READING_FIELDS.get(cause, cause)
+    return bool(name) and getattr(reading, name) is not None

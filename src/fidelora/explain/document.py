@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from fidelora.explain.differences import Difference
 from fidelora.explain.explain import Explanation
+from fidelora.explain.nearest import NearestThere
 from fidelora.recipe import short_name
 
 
@@ -36,15 +38,20 @@ def document_of(explanation: Explanation) -> dict[str, Any]:
                 "ours": one.ours,
                 "effect": one.effect,
                 "in_file": one.is_in_file,
+                "always": one.is_always,
                 "advice": one.advice,
             }
             for one in explanation.differences
         ],
         "nearest": asdict(explanation.nearest),
-        "nearest_there": None if there is None else asdict(there),
+        "nearest_there": _of_there(there),
         "notes": list(explanation.notes),
         "images": explanation.images,
     }
+
+
+def _of_there(there: NearestThere | None) -> dict[str, object] | None:
+    return None if there is None else {"sampling": there.sampling, "distance": there.distance}
 
 
 def lines_of(explanation: Explanation) -> Iterator[str]:
@@ -70,11 +77,12 @@ def lines_of(explanation: Explanation) -> Iterator[str]:
             f"The mean difference from the sample is {explanation.before:.2f} levels. With these "
             f"settings, a simulated picture differs by {explanation.after:.2f}:"
         )
-    for one in explanation.differences:
-        effect = "not measured" if one.effect is None else f"{one.effect:.2f} levels"
-        yield f"  {one.cause} ({effect}): {one.theirs}; in training: {one.ours}."
-        if one.advice:
-            yield f"    {one.advice}"
+    for one in explanation.chosen:
+        yield from _lines_of_difference(one)
+    if explanation.always:
+        yield always_sentence(explanation)
+    for one in explanation.always:
+        yield from _lines_of_difference(one)
     if not explanation.is_explained:
         yield (
             "These settings do not explain the picture. Another base model, a LoRA of another step "
@@ -82,3 +90,17 @@ def lines_of(explanation: Explanation) -> Iterator[str]:
         )
     for note in explanation.notes:
         yield f"  Note: {note}"
+
+
+def always_sentence(explanation: Explanation) -> str:
+    """Return the sentence before the differences that the program always causes."""
+    has_only_these = explanation.is_explained and not explanation.chosen
+    start = "No setting that you can change differs. " if has_only_these else ""
+    return f"{start}{explanation.program} always does this differently:"
+
+
+def _lines_of_difference(difference: Difference) -> Iterator[str]:
+    effect = "not measured" if difference.effect is None else f"{difference.effect:.2f} levels"
+    yield f"  {difference.cause} ({effect}): {difference.theirs}; in training: {difference.ours}."
+    if difference.advice:
+        yield f"    {difference.advice}"

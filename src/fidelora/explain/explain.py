@@ -15,9 +15,10 @@ from fidelora.explain.differences import (
     advice_for,
     changed_causes,
     described,
+    is_in_file,
     reverted,
 )
-from fidelora.explain.nearest import NearestThere, nearest_sampling
+from fidelora.explain.nearest import NearestThere, nearest_sampling, with_sampler_advice
 from fidelora.explain.picture import Picture
 from fidelora.explain.programs import BEHAVIOURS, sampling_of
 from fidelora.explain.reading import Program, Reading, stem
@@ -88,9 +89,19 @@ class Explanation:
         return not self.differences and self.before <= _SAME_MEAN
 
     @property
+    def chosen(self) -> tuple[Difference, ...]:
+        """Differences that a user can set, without those that the program always causes."""
+        return tuple(one for one in self.differences if not one.is_always)
+
+    @property
+    def always(self) -> tuple[Difference, ...]:
+        """Differences that the program always causes, whatever its user sets."""
+        return tuple(one for one in self.differences if one.is_always)
+
+    @property
     def is_explained(self) -> bool:
         """True if the differences explain the picture."""
-        return self.is_same or self.after <= max(_EXPLAINED * self.before, _EXPLAINED_LEVELS)
+        return self.is_same or _explains(self.before, self.after)
 
 
 def explain(
@@ -130,6 +141,11 @@ def explain(
     return _Explainer(
         run, picture, reading, engine, step, index, base_model, max_images, on_progress
     ).explanation()
+
+
+def _explains(before: float, after: float) -> bool:
+    """True if a picture is explained whose distance the simulation reduces to `after` levels."""
+    return after <= max(_EXPLAINED * before, _EXPLAINED_LEVELS)
 
 
 class _Explainer:
@@ -181,7 +197,8 @@ class _Explainer:
                 described(self._trainer, cause, program),
                 round(effect, 4),
                 advice_for(cause, self._trainer, program, lora),
-                self._is_in_file(cause),
+                is_in_file(cause, self._reading),
+                is_always=cause == "upsampling",  # no program has a setting for it
             )
             for cause, effect in effects
         ]
@@ -189,7 +206,7 @@ class _Explainer:
         there = None
         if any(one.cause in ("sampler", "schedule") for one in differences):
             there = self._nearest_there(program, nearest)
-            differences = [_with_sampler_advice(one, there, program) for one in differences]
+            differences = [with_sampler_advice(one, there, program) for one in differences]
         simulated = self._simulator.image(nearest)
         return self._result(
             nearest, before, (*differences, *files), notes, there, simulated, after, program
@@ -246,6 +263,12 @@ class _Explainer:
             self._task = "trying other values than those in the file"
             doubted = search.descend(nearest, list(candidates.axes(doubts=True)))
             nearest = candidates.normal(doubted)
+        before = self._picture.distance(self._trainer_pixels)
+        if not _explains(before, search.distance(nearest)):
+            self._task = "trying two settings together"
+            pair = search.best_pair(nearest, list(candidates.pair_axes()))
+            if pair != nearest:
+                nearest = candidates.normal(search.descend(pair, list(candidates.axes())))
         return nearest
 
     def _without_ineffective(
@@ -321,21 +344,6 @@ class _Explainer:
             return "diffusers"
         return "ComfyUI" if nearest.whole_timesteps else "A1111"
 
-    def _is_in_file(self, cause: str) -> bool:
-        names = {
-            "trigger": "prompt",
-            "schedule": "scheduler",
-            "lora": "loras",
-            "guidance": "guidance_scale",
-            "noise": "noise_source",
-            "size": "width",
-            "precision": "dtype",
-            "negative_zeros": "",
-            "upsampling": "",
-        }
-        name = names.get(cause, cause)
-        return bool(name) and getattr(self._reading, name) is not None
-
     def _unsimulated_sampler(self) -> list[str]:
         reading = self._reading
         if not reading.sampler or sampling_of(reading, get_family(self._run.model)) is not None:
@@ -386,15 +394,3 @@ class _Explainer:
                 one.word is None and not one.components.isdisjoint(encoders)
                 for one, _ in bound.adapters
             )
-
-
-def _with_sampler_advice(
-    difference: Difference, there: NearestThere | None, program: Program
-) -> Difference:
-    if there is None or difference.cause not in ("sampler", "schedule"):
-        return difference
-    advice = (
-        f"The nearest sampler of {program} is {there.sampling}: with all other settings as in "
-        f"training, the mean difference from the sample is {there.distance:.2f} levels."
-    )
-    return replace(difference, advice=advice)

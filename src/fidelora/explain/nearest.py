@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fidelora.errors import RecipeError
+from fidelora.explain.differences import Difference
 from fidelora.explain.picture import Picture
 from fidelora.explain.programs import BEHAVIOURS, Sampling, equivalents, words_for
 from fidelora.explain.reading import Program
@@ -25,6 +26,7 @@ Target = Literal["A1111", "ComfyUI", "diffusers"]
 _A1111_SPECIAL = re.compile(r"[\\()\[\]]")
 _COMFYUI_SPECIAL = re.compile(r"[()]")
 _COMBINING = re.compile(r"\b(AND|BREAK)\b")
+_AS_NEAR = 0.1  # levels, which are not visible; the order of such samplings changes by sample
 _NO_LIMIT = 10**12  # evaluations of the denoiser
 
 
@@ -36,10 +38,12 @@ class NearestThere:
         sampling: names of sampler and schedule in the program.
         distance: mean difference from the trainer's sample in levels, if all other settings are
             those of training.
+        as_near: names of all samplings whose distance is at most `_AS_NEAR` larger.
     """
 
     sampling: str
     distance: float
+    as_near: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +91,29 @@ def nearest_sampling(
     if not tried:
         return None
     distance, settings, sampling = min(tried, key=lambda entry: entry[0])
-    return settings, NearestThere(words_for(program, sampling), round(distance, 4))
+    as_near = tuple(words_for(program, one) for d, _, one in tried if d <= distance + _AS_NEAR)
+    there = NearestThere(words_for(program, sampling), round(distance, 4), as_near)
+    return settings, there
+
+
+def with_sampler_advice(
+    difference: Difference, there: NearestThere | None, program: Program
+) -> Difference:
+    """Return a difference of the sampler or schedule with the nearest sampler as its advice.
+
+    The schedule of the nearest sampler, or of one that is as near, is marked as `is_always`: the
+    program has no visibly nearer one.
+    Other differences are returned unchanged.
+    """
+    if there is None or difference.cause not in ("sampler", "schedule"):
+        return difference
+    nearest = (there.sampling, *there.as_near)
+    is_nearest = difference.cause == "schedule" and difference.theirs in nearest
+    advice = (
+        f"The nearest sampler of {program} is {there.sampling}: with all other settings as in "
+        f"training, the mean difference from the sample is {there.distance:.2f} levels."
+    )
+    return replace(difference, advice=advice, is_always=is_nearest)
 
 
 def nearest_picture(plan: PlannedSample, program: Target, simulator: Simulator) -> NearestPicture:

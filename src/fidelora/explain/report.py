@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
-from fidelora.explain.document import document_of
+from fidelora.explain.differences import Difference
+from fidelora.explain.document import always_sentence, document_of
 from fidelora.explain.explain import Explanation
 from fidelora.training.judge import Pixels
 from fidelora.training.report import AMPLIFY
@@ -54,21 +55,29 @@ def _section(explanation: Explanation) -> Iterator[str]:
     yield "</div>"
     if is_same_size and not rest.any():
         yield "<p>No difference remains: the simulated picture has the same pixels.</p>"
-    if explanation.differences:
-        yield "<table><tr>" + "".join(f"<th>{name}" for name in _COLUMNS)
-        for one in explanation.differences:
-            effect = "not measured" if one.effect is None else f"{one.effect:.2f}"
-            cells = (one.cause, one.theirs, one.ours, effect, one.advice)
-            yield "<tr>" + "".join(
-                f'<td data-column="{name}">{html.escape(cell)}'
-                for name, cell in zip(_COLUMNS, cells, strict=True)
-            )
-        yield "</table>"
+    yield from _table(explanation.chosen)
+    if explanation.always:
+        yield f"<p>{html.escape(always_sentence(explanation))}</p>"
+        yield from _table(explanation.always)
     for note in explanation.notes:
         yield f"<p class=note>{html.escape(note)}</p>"
     facts = json.dumps(document_of(explanation), indent=2, ensure_ascii=False)
     yield f"<details><summary>All figures</summary><pre>{html.escape(facts)}</pre></details>"
     yield "</section>"
+
+
+def _table(differences: Sequence[Difference]) -> Iterator[str]:
+    if not differences:
+        return
+    yield "<table><tr>" + "".join(f"<th>{name}" for name in _COLUMNS)
+    for one in differences:
+        effect = "not measured" if one.effect is None else f"{one.effect:.2f}"
+        cells = (one.cause, one.theirs, one.ours, effect, one.advice)
+        yield "<tr>" + "".join(
+            f'<td data-column="{name}">{html.escape(cell)}'
+            for name, cell in zip(_COLUMNS, cells, strict=True)
+        )
+    yield "</table>"
 
 
 def _figure(label: str, pixels: Pixels) -> str:

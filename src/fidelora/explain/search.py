@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 from fidelora.errors import BaseModelError, NumericsError, RecipeError
@@ -26,6 +26,7 @@ _MAX_UNSCREENED = 4
 """Largest number of options whose images are made with all steps. If there are more options, they
 are ranked at few steps, and the best ones are made."""
 _ROUNDS = 3
+_MAX_PAIRS = 16  # images; `_ROUNDS` of single changes cost about as many
 _JOINT_SHARE = 0.7  # of the limit on the work; the rest is for the other settings
 
 
@@ -121,6 +122,32 @@ class Search:
                 best, distance = self._along(axis, best, distance)
             if distance == before:
                 break
+        return best
+
+    def best_pair(self, start: Simulation, axes: Sequence[Axis]) -> Simulation:
+        """Return the best simulation after changing two settings together.
+
+        For pictures that `descend` does not explain: two settings can cancel, so that neither of
+        them comes nearer alone. Pairs are tried in the order of the axes, up to `_MAX_PAIRS`.
+
+        Args:
+            axes: the likeliest settings first.
+
+        Returns:
+            `start` if no pair comes nearer.
+        """
+        best, distance, tried = start, self.distance(start), {start}
+        for first, second in combinations(axes, 2):
+            for changes in product(first.options, second.options):
+                pair = replace(replace(start, **changes[0]), **changes[1])
+                if distance <= _ENOUGH or self.is_exhausted or len(tried) > _MAX_PAIRS:
+                    return best
+                if pair in tried:
+                    continue
+                tried.add(pair)
+                found = self.distance(pair)
+                if _is_better(found, distance):
+                    best, distance = pair, found
         return best
 
     def _along(self, axis: Axis, best: Simulation, distance: float) -> tuple[Simulation, float]:
