@@ -7,8 +7,8 @@ Start the programs on the CPU in float32, with `narrow.safetensors` of FOLDER am
 checkpoints (for A1111 with `narrow.yaml` beside it), and `sks.safetensors` among their LoRAs. Each
 program makes its pictures and writes their metadata itself. `--diffusers` needs peft (`pip install
 --group bench`). OUT gets the files and `pictures.json`, with the settings of each picture and the
-effects of its differences; pictures that it contains are not made again. A picture that needs no
-difference has the sampler that comes nearest to the trainer's.
+effects of its differences; pictures that it contains are not made again. Unless a case changes the
+sampler, the program uses the one of its samplers that comes nearest to the trainer's.
 """
 
 from __future__ import annotations

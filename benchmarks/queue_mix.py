@@ -153,7 +153,7 @@ def _composed(
         "Composed: number of adapter switches x seconds of a switch, measured in this part "
         f"({', '.join(f'{way} {each:.2f} s' for way, each in changing.items())}) + images of 25 "
         "steps as composed above. The peer's steps are those without an adapter, which favours the "
-        "peer: small adapters slow it down less. Batches of two and "
+        "peer: its steps with an adapter were measured only with a larger one. Batches of two and "
         "three images are interpolated linearly between one and four images."
     )
 

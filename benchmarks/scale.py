@@ -106,7 +106,7 @@ class _Worker:
     loaded: OrderedDict[str, None] = field(default_factory=OrderedDict)
     merged: frozenset[str] = frozenset()
     reported: frozenset[str] = frozenset()
-    hold_s: float = 0.0  # time of its last read, as in `Worker`
+    hold_s: float = 0.0  # duration of its last read, as in `Worker`
     has_read: bool = False
     is_idle: bool = True
     next_event: int = -1  # number of the event at which it claims again

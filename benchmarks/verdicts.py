@@ -2,8 +2,8 @@
 
     python -m benchmarks.verdicts [--runs 40] [--first 0] [--samples 4] [--size 64] [--steps 12]
 
-Simulates training runs with the miniature as the trainer's web UI sets them up. The samples are jpg
-files, computed in bfloat16 on another processor from a LoRA in float32, and the LoRA is saved in
+Simulates training runs of the miniature, with the settings of the trainer's web UI. The samples are
+jpg files, computed in bfloat16 on another processor from a LoRA in float32. The LoRA is saved in
 bfloat16. Each simulated run has a LoRA of its own.
 
 * False alarms: the samples are made in the same way as the draws (images with random values in
