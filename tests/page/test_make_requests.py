@@ -205,3 +205,19 @@ def test_every_text_has_enough_contrast(visit, scheme):
     for tab in ("Make", "Match", "Compare"):
         visitor.page.get_by_role("tab", name=tab).click()
         assert visitor.unreadable_texts() == [], tab
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_code_of_a_recipe_has_enough_contrast(visit, scheme):
+    visitor = visit(color_scheme=scheme).open()
+    visitor.generate("a red star")
+    visitor.wait_until_done()
+    for tab, element in (
+        ("Recipe", "recipe"),
+        ("Request", "request"),
+        ("CLI", "command"),
+        ("Python", "python"),
+    ):
+        visitor.page.get_by_role("tab", name=tab, exact=True).click()
+        expect(visitor[element].locator(".cm-line").first).to_be_visible()
+        assert visitor.unreadable_texts() == [], tab

@@ -46,7 +46,8 @@ def test_one_command_writes_a_png_file(tiny_server, tmp_path, page):
         line for line in commands(PAGES[0], "curl -F").splitlines() if line.startswith("curl -F")
     )
     run(tiny_server, upload, tmp_path)
-    output = run(tiny_server, commands(page, "base64 -d"), tmp_path)
+    script = commands(page, "base64 -d").replace('"loras"', '"size": "64x64", "loras"')
+    output = run(tiny_server, script, tmp_path)
     content = (tmp_path / "grass.png").read_bytes()
     with Image.open(io.BytesIO(content)) as image:
         assert (image.format, image.size) == ("PNG", (64, 64)), output

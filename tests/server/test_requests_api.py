@@ -153,6 +153,23 @@ def test_events_end_with_the_server(client, context):
     ] == ["in_queue"]
 
 
+def test_missing_image_error_names_the_status(client, worker):
+    def message(request_id: str) -> str:
+        answer = client.get(f"/v1/requests/{request_id}/images/0")
+        assert error(answer) == (404, "IMAGE_NOT_FOUND")
+        return answer.json()["detail"]["error"]["message"]
+
+    request_id = submit(client)
+    assert "in the queue" in message(request_id)
+    job = worker.claim()
+    assert "in progress" in message(request_id)
+    worker.fail(job)
+    assert "failed" in message(request_id)
+    canceled = submit(client)
+    client.delete(f"/v1/requests/{canceled}")
+    assert "canceled" in message(canceled)
+
+
 def test_missing_images_are_404_or_410(client, worker):
     request_id = submit(client)
     assert error(client.get(f"/v1/requests/{request_id}/images/0")) == (404, "IMAGE_NOT_FOUND")

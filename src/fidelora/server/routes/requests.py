@@ -28,6 +28,16 @@ _IMAGES = {
     for name in ("png", "jpeg", "webp", "mp4")
 }
 
+_IMAGE_NOT_FOUND_MESSAGES = {
+    Status.IN_QUEUE: "The request is in the queue, so its images do not exist yet; wait until its"
+    " status is succeeded.",
+    Status.IN_PROGRESS: "The request is in progress, so its images do not exist yet; wait until its"
+    " status is succeeded.",
+    Status.FAILED: "The request failed, so it has no images; its status has the error.",
+    Status.CANCELED: "The request was canceled, so it has no images; send it again.",
+}
+"""Messages for unsuccessful requests; the default message is for a wrong index."""
+
 # Databases differ in how they treat a NUL, which no id contains.
 _ID: dict[str, Any] = {"min_length": 1, "max_length": 64, "pattern": r"^[^\x00]*$"}
 RequestId = Annotated[str, Path(**_ID)]
@@ -158,7 +168,7 @@ def request_image(
 ) -> Response:
     """Return the unmodified file of an image or video; the index is that of its prompt."""
     if index >= len(job.outputs):
-        raise ImageNotFoundError
+        raise ImageNotFoundError(_IMAGE_NOT_FOUND_MESSAGES.get(job.status))
     output = job.outputs[index]
     content = content_of(context.images, output)
     name = FilePath(output.file_path).name
