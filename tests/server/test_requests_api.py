@@ -157,7 +157,7 @@ def test_missing_image_error_names_the_status(client, worker):
     def message(request_id: str) -> str:
         answer = client.get(f"/v1/requests/{request_id}/images/0")
         assert error(answer) == (404, "IMAGE_NOT_FOUND")
-        return answer.json()["detail"]["error"]["message"]
+        return str(answer.json()["detail"]["error"]["message"])
 
     request_id = submit(client)
     assert "in the queue" in message(request_id)
