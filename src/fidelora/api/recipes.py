@@ -24,8 +24,7 @@ from fidelora.loras.trigger import has_placeholder, trigger_of
 from fidelora.recipe import AdapterRef, Recipe
 
 DEFAULT_SIZE = 1024
-"""Width and height in pixels if a request omits them: the default of the `ai-toolkit-inference`
-API, which differs from the model's own."""
+"""Width and height in pixels of a request without a size, as in `ai-toolkit-inference`."""
 
 MAX_LORAS_TIMES_PROMPTS = 1024
 """Maximum of LoRAs times prompts in one request, because each recipe contains all LoRAs."""
