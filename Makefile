@@ -17,7 +17,7 @@ test: $(READY)
 		--ignore tests/faults
 
 # Kills servers and workers, fills disks, and sends hostile files and requests. 100 rounds of each
-# fault take about an hour; FAULT_ROUNDS=10 FAULT_REQUESTS=100 takes a few minutes. The last three
+# fault take about an hour; FAULT_ROUNDS=10 FAULT_REQUESTS=100 takes less. The last three
 # files have the faults of clocks, of single workers and of connections; `make test` runs them, too.
 FAULT_ROUNDS ?= 100
 FAULT_REQUESTS ?= 1000

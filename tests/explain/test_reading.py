@@ -15,7 +15,7 @@ from fidelora import Recipe
 from fidelora.errors import ImageRecordError
 from fidelora.explain.picture import Picture
 from fidelora.explain.prompts import comfyui_spans
-from fidelora.explain.read_picture import read_picture
+from fidelora.explain.read_picture import read_picture, reading_of_recipe
 from fidelora.explain.reading import Reading, UsedLora, stem
 from fidelora.images.read import RECORD_KEY
 
@@ -459,6 +459,23 @@ def test_comfyui_weights_round_brackets_only(prompt, expected):
     found = comfyui_spans(prompt)
     assert [text for text, _ in found] == [text for text, _ in expected]
     assert [weight for _, weight in found] == pytest.approx([weight for _, weight in expected])
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"base_model": "base.safetensors"}, "ab" * 32),
+        ({"base_model": "owner/name"}, ""),
+        ({"base_model": "base.safetensors", "vae": "vae.safetensors"}, ""),
+        ({"base_model": "base.safetensors", "config": "folder"}, ""),
+    ],
+)
+def test_only_the_hash_of_a_single_file_is_that_of_the_base_model(fields, expected):
+    """Other base models have a hash of several hashes, which never equals that of a file."""
+    recipe = Recipe(prompt="a cat", base_sha256="ab" * 32, **fields)
+    base = reading_of_recipe(recipe).base_model
+    assert base is not None
+    assert base.hash == expected
 
 
 def test_an_animation_is_refused():

@@ -29,10 +29,10 @@ another one has the id of that family instead of groups."""
 
 @dataclass(frozen=True)
 class HeaderFit:
-    """Families of an adapter.
+    """Which of some models an adapter fits.
 
     Attributes:
-        models: ids of the models, of those that were asked for, that the adapter fits.
+        models: ids of the models that it fits.
         problem: sentence about an adapter that fits none of them; empty if it fits one.
     """
 

@@ -102,8 +102,7 @@ def with_sampler_advice(
     """Return a difference of the sampler or schedule with the nearest sampler as its advice.
 
     The schedule of the nearest sampler, or of one that is as near, is marked as `is_always`: the
-    program has no visibly nearer one.
-    Other differences are returned unchanged.
+    program has no visibly nearer one. Other differences are returned unchanged.
     """
     if there is None or difference.cause not in ("sampler", "schedule"):
         return difference

@@ -111,10 +111,20 @@ def reading_of_recipe(recipe: Recipe) -> Reading:
         clip_skip=1,
         noise_source="cpu",
         loras=loras,
-        base_model=UsedModel(recipe.base_model, recipe.base_sha256),
+        base_model=UsedModel(recipe.base_model, _checkpoint_hash(recipe)),
         vae=UsedModel(recipe.vae),
         dtype=recipe.dtype,
     )
+
+
+def _checkpoint_hash(recipe: Recipe) -> str:
+    """Return the sha256 of the base model if it is one file; otherwise "".
+
+    The hash of a folder, or of a base model with another VAE or configuration, is that of a list of
+    hashes (`ContentHashes.sha256_of`), which no file has.
+    """
+    is_file = recipe.base_model.lower().endswith(".safetensors")
+    return recipe.base_sha256 if is_file and not (recipe.vae or recipe.config) else ""
 
 
 def with_options(reading: Reading, options: Mapping[str, Any]) -> Reading:

@@ -114,9 +114,9 @@ class Part:
         numbers_blocks: True if `other_names` numbers blocks consecutively, so that the names depend
             on the base model's shape.
         accepted_names: maps module paths to names in other code, which adapter files may use, but
-            conversion does not write. If the other code splits a module, its path has several
-            names: one for each equal share of the output rows, in order. A name is repeated if it
-            has several shares. None if there are no such names.
+            conversion does not write. If the other code splits a module into equal blocks of
+            output rows, its path has the name for each block, in order. A name with several blocks
+            is repeated. None if no other code has names of its own.
         fused_names: maps names of modules in the original code to the paths of the modules that
             share their output rows, in order; None if the family lacks such names.
         ignored_weights: suffixes of weights that files may contain but the part does not use.
